@@ -1,0 +1,212 @@
+"""The seams between the floors, as Protocols, and the few values that cross them.
+
+Everything above talks to devices, classifiers, routes and proxies through these; tests put fakes behind them.
+Addresses cross the seams as packed bytes in network order: 4 bytes for IPv4, 16 for IPv6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from enum import Enum, IntEnum
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from socket import socket
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Verdict(IntEnum):
+    """What the classifier does with a packet. The numbers are shared with bpf/shared.h."""
+
+    DIRECT = 0
+    TUNNEL = 1
+    DROP = 2
+
+
+class Prefix(NamedTuple):
+    """One entry of the compiled prefix table.
+
+    network: packed address with the host bits zero; length: prefix length in bits; rule: the index of the rule that
+    decided, counted from 0 in file order, or one of the negative ids below.
+    """
+
+    network: bytes
+    length: int
+    verdict: Verdict
+    rule: int
+
+
+# Rule ids of verdicts that no rule of the file gave.
+RULE_DEFAULT = -1  # route.default
+RULE_BUILTIN = -2  # loopback, link-local, multicast, broadcast, own addresses, own networks
+RULE_FAKE_IP = -3  # the Fake-IP ranges
+RULE_DNS = -4  # dns.hijack
+
+
+class PacketDevice(Protocol):
+    """A layer-3 device that speaks IP packets with a 10-byte virtio_net_hdr in front (linux/virtio_net.h).
+
+    A device without offloads (macOS utun) does checksums and segmentation itself, so the stack has one path only.
+    """
+
+    name: str
+    mtu: int
+
+    def fileno(self) -> int: ...
+
+    def recv_into(self, buffer: bytearray | memoryview) -> int:
+        """Read one packet, virtio_net_hdr first. Returns its length in bytes, 0 when there is none to read."""
+        ...
+
+    def send(self, buffers: Sequence[Buffer]) -> bool:
+        """Write one packet given in pieces, virtio_net_hdr first. False when the kernel refused it (counted)."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Classifier(Protocol):
+    """Decides in the kernel (or, without BPF, by routes) which packets reach the TUN."""
+
+    backend: str  # "tcx" | "clsact" | "routes" | "python"
+
+    def replace_rules(self, prefixes: Iterable[Prefix]) -> None:
+        """Make the prefix tables equal to `prefixes`, changing only what differs."""
+        ...
+
+    def learn(self, address: bytes, verdict: Verdict, rule: int) -> None:
+        """Give one address its own verdict, ahead of the prefixes: the real address of a name that a rule decided."""
+        ...
+
+    def attach(self) -> None:
+        """Start to capture. Idempotent; the last step of starting up."""
+        ...
+
+    def heartbeat(self) -> None:
+        """Say that the gateway is alive. Called at least four times a second."""
+        ...
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """Verdict or drop reason -> {"packets": n, "bytes": n}."""
+        ...
+
+    def snapshot(self) -> dict[str, Any]:
+        """Programs and maps in human form: {"programs": [...], "maps": [...]} as `ztun routes --json` prints them."""
+        ...
+
+    def close(self) -> None:
+        """Detach and remove everything. Idempotent."""
+        ...
+
+
+class Routes(Protocol):
+    """Addresses, routes, ip rules and sysctls that ztun needs. `up` and `down` are idempotent."""
+
+    def up(self) -> None: ...
+
+    def down(self) -> None: ...
+
+    def snapshot(self) -> dict[str, Any]:
+        """{"routes": [...], "ip_rules": [...]} that ztun installed, as `ztun routes --json` prints them."""
+        ...
+
+
+class NetworkEvent(NamedTuple):
+    """Something changed outside: kind is "link", "address" or "route"; up is False when it went away."""
+
+    kind: str
+    ifname: str
+    up: bool
+
+
+class NetworkMonitor(Protocol):
+    def events(self) -> AsyncIterator[NetworkEvent]: ...
+
+    def close(self) -> None: ...
+
+
+class Destination(NamedTuple):
+    """Where a flow wants to go. host: a name, or an address literal without brackets."""
+
+    host: str
+    port: int
+
+
+class Failure(Enum):
+    """Why an outbound could not serve a flow, in the words a client can be told."""
+
+    REFUSED = "refused"  # the destination refused: RST, or ICMP port unreachable
+    HOST_UNREACHABLE = "host unreachable"
+    NETWORK_UNREACHABLE = "network unreachable"
+    TIMED_OUT = "timed out"
+    NAME_NOT_FOUND = "name not found"
+    PROXY_UNREACHABLE = "proxy unreachable"  # the proxy itself could not be reached
+    PROXY_AUTHENTICATION = "proxy authentication failed"
+    PROXY_FAILED = "proxy failed"  # it answered with something that is no answer, or a general failure
+    PROHIBITED = "prohibited"  # the ruleset (ours or the proxy's) forbids it
+    UNSUPPORTED = "unsupported"  # e.g. datagrams through an HTTP proxy
+
+
+class OutboundError(Exception):
+    """An outbound could not connect. `failure` says why, the message says where in one line."""
+
+    def __init__(self, failure: Failure, message: str) -> None:
+        super().__init__(message)
+        self.failure = failure
+
+
+DatagramHandler = Callable[[str, int, Buffer], None]
+
+
+class DatagramLink(Protocol):
+    """A way for datagrams: one local endpoint that any number of destinations can answer (full cone)."""
+
+    def send(self, destination: Destination, payload: Buffer) -> None:
+        """Send one datagram now or lose it, as UDP does. Raises OutboundError when the destination refused earlier."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Outbound(Protocol):
+    """A way out: direct, block, a SOCKS5 or an HTTP proxy."""
+
+    tag: str
+    type: str
+
+    async def connect(self, destination: Destination) -> socket:
+        """A connected, non-blocking TCP socket whose next byte is the destination's first.
+
+        The deadline is the outbound's own (timeouts.dial). Raises OutboundError.
+        """
+        ...
+
+    async def open_datagrams(
+        self, on_datagram: DatagramHandler, on_failure: Callable[[OutboundError], None]
+    ) -> DatagramLink:
+        """Open a link; `on_datagram(host, port, payload)` is called for what comes back, `on_failure` when it dies.
+
+        Raises OutboundError, with Failure.UNSUPPORTED where the proxy cannot carry datagrams.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+class SocketFactory(Protocol):
+    """Makes ztun's own sockets: non-blocking and marked (SO_MARK, or IP_BOUND_IF) so that they are never captured."""
+
+    def __call__(self, family: int, type: int) -> socket: ...
+
+
+class NameStore(Protocol):
+    """Keeps Fake-IP assignments across restarts. A slot is an index into the pool."""
+
+    def load(self) -> Mapping[int, str]:
+        """Slot -> name, least recently used first."""
+        ...
+
+    def save(self, slot: int, name: str) -> None: ...
+
+    def close(self) -> None: ...
