@@ -1,0 +1,5 @@
+"""What lets a person talk to a running instance: its lock, its control socket, and the service manager's socket."""
+
+from __future__ import annotations
+
+DEFAULT_SOCKET = "/run/ztun/control.sock"

@@ -1,0 +1,135 @@
+"""The control socket: GET /status, GET /routes, POST /stop, as JSON over HTTP on a unix socket of mode 0600."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import structlog
+from aiohttp import web
+
+from ztun.control.lock import AlreadyRunning, make_directories, peer_pid
+from ztun.errors import ZtunError
+
+log = structlog.get_logger("ztun.control")
+
+Answer = Callable[[], dict[str, Any]]
+
+
+class ControlServer:
+    """Answers from callables that the composition root gives, so that it knows nothing of what it reports.
+
+    status, routes: make the body of the answer. stop: asks for a graceful end and returns at once.
+    """
+
+    def __init__(self, path: str | Path, *, status: Answer, routes: Answer, stop: Callable[[], None]) -> None:
+        self.path = Path(path)
+        self._status = status
+        self._routes = routes
+        self._stop = stop
+        self._runner: web.AppRunner | None = None
+        self._inode: tuple[int, int] | None = None
+        self._made: list[Path] = []
+
+    async def start(self) -> None:
+        """Listen. Raises AlreadyRunning when something answers there, ZtunError when the socket cannot be made."""
+        listener = self._bind()
+        application = web.Application(middlewares=[_one_line_errors])
+        application.add_routes(
+            [
+                web.get("/status", self._get_status),
+                web.get("/routes", self._get_routes),
+                web.post("/stop", self._post_stop),
+            ]
+        )
+        self._runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        await self._runner.setup()
+        await web.SockSite(self._runner, listener).start()
+
+    async def close(self) -> None:
+        """Stop listening and remove the socket. Idempotent."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+        with suppress(OSError):
+            if self._inode == _identity(self.path):
+                self.path.unlink()
+        self._inode = None
+        for directory in reversed(self._made):
+            with suppress(OSError):
+                directory.rmdir()
+        self._made = []
+
+    def _bind(self) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._made = make_directories(self.path.parent)
+            _remove_stale(self.path)
+            listener.bind(os.fspath(self.path))
+            self._inode = _identity(self.path)
+            # Nobody can connect before listen(), so there is no moment in which others may.
+            self.path.chmod(0o600)
+            listener.listen(16)
+            listener.setblocking(False)
+        except OSError as error:
+            listener.close()
+            raise ZtunError(
+                f"cannot listen on control.socket {self.path}: {error.strerror or error}; set it to a writable place"
+            ) from error
+        except ZtunError:
+            listener.close()
+            raise
+        return listener
+
+    async def _get_status(self, request: web.Request) -> web.Response:
+        return web.json_response(self._status())
+
+    async def _get_routes(self, request: web.Request) -> web.Response:
+        return web.json_response(self._routes())
+
+    async def _post_stop(self, request: web.Request) -> web.Response:
+        log.info("asked to stop")
+        self._stop()
+        return web.json_response({"state": "stopping", "pid": os.getpid()}, status=202)
+
+
+@web.middleware
+async def _one_line_errors(request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
+    try:
+        response: web.StreamResponse = await handler(request)
+    except web.HTTPException as error:
+        return web.json_response({"error": f"{request.method} {request.path}: {error.reason}"}, status=error.status)
+    except Exception as error:
+        log.exception("request failed", path=request.path, error=repr(error))
+        return web.json_response({"error": f"{request.path} failed: {error!r}"}, status=500)
+    return response
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat(follow_symlinks=False)
+    return status.st_dev, status.st_ino
+
+
+def _remove_stale(path: Path) -> None:
+    """Make room for our socket. Raises AlreadyRunning when someone listens, ZtunError when it is no socket."""
+    try:
+        mode = path.stat(follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ZtunError(f"control.socket {path} exists and is not a socket; move it away or set another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(os.fspath(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            with suppress(FileNotFoundError):
+                path.unlink()
+            return
+        pid = peer_pid(probe)
+    raise AlreadyRunning(f"already running as pid {pid} (it answers on {path}); stop it with `ztun down` first")
