@@ -1,0 +1,151 @@
+"""What can be typed: options, defaults and help. The work is done in the modules that each command imports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ztun import __version__
+from ztun.control import DEFAULT_SOCKET
+
+application = typer.Typer(
+    name="ztun",
+    help="A transparent-proxy gateway: chosen names and networks go through a proxy, the rest goes direct.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# Seconds that `ztun down` waits: longer than an instance takes to drain its flows and undo what it did.
+STOP_WAIT = 30.0
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="The configuration file.")]
+SocketOption = Annotated[
+    Path | None, typer.Option("--socket", metavar="PATH", help=f"The control socket. Default: {DEFAULT_SOCKET}")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+LogLevelOption = Annotated[
+    Literal["debug", "info", "warning", "error"] | None,
+    typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error; debug shows tracebacks."),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"ztun {__version__}")
+        raise typer.Exit
+
+
+@application.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """A transparent-proxy gateway: chosen names and networks go through a proxy, the rest goes direct."""
+
+
+@application.command()
+def up(
+    config: ConfigOption = None,
+    proxy: Annotated[
+        str | None, typer.Option(metavar="URL", help="socks5://[user:pass@]host:port or http://…; becomes the default.")
+    ] = None,
+    lan: Annotated[
+        list[str] | None, typer.Option(metavar="IFACE", help="Capture the clients behind this interface; repeatable.")
+    ] = None,
+    socket: SocketOption = None,
+    log_level: LogLevelOption = None,
+    json: JsonOption = False,
+) -> int:
+    """Start in the foreground; SIGINT, SIGTERM or `ztun down` undo everything it did."""
+    from ztun.cli.up import run_up
+
+    return run_up(config, proxy=proxy, lan=lan or [], socket=socket, log_level=log_level, json=json)
+
+
+@application.command()
+def down(
+    config: ConfigOption = None,
+    socket: SocketOption = None,
+    log_level: LogLevelOption = None,
+    json: JsonOption = False,
+) -> int:
+    """Stop the running instance and wait until it is gone."""
+    from ztun.cli.output import print_json
+
+    pid = _client(config, socket).stop(wait=STOP_WAIT)
+    if json:
+        print_json({"state": "stopped", "pid": pid})
+    else:
+        print(f"stopped (pid {pid})")
+    return 0
+
+
+@application.command()
+def status(
+    config: ConfigOption = None,
+    socket: SocketOption = None,
+    log_level: LogLevelOption = None,
+    json: JsonOption = False,
+) -> int:
+    """Show what the running instance does: flows, datagrams, names, outbounds, drops."""
+    answer = _client(config, socket).status()
+    if json:
+        from ztun.cli.output import print_json
+
+        print_json(answer)
+    else:
+        from ztun.cli.status import show_status
+
+        show_status(answer)
+    return 0
+
+
+@application.command()
+def routes(
+    config: ConfigOption = None,
+    socket: SocketOption = None,
+    log_level: LogLevelOption = None,
+    json: JsonOption = False,
+) -> int:
+    """Show what is installed: routes, ip rules, BPF programs, maps with their entries and hits."""
+    answer = _client(config, socket).routes()
+    if json:
+        from ztun.cli.output import print_json
+
+        print_json(answer)
+    else:
+        from ztun.cli.routes import show_routes
+
+        show_routes(answer)
+    return 0
+
+
+@application.command()
+def check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The configuration file.")],
+    log_level: LogLevelOption = None,
+    json: JsonOption = False,
+) -> int:
+    """Say what a configuration file would do, or what is wrong with it, changing nothing."""
+    from ztun.cli.check import run_check
+
+    return run_check(file, json=json)
+
+
+@application.command()
+def demo() -> int:
+    """Show it at work between network namespaces, without touching this host's network."""
+    from ztun.cli.demo import run_demo
+
+    return run_demo()
+
+
+def _client(config: Path | None, socket: Path | None) -> Any:
+    from ztun.control.client import ControlClient, find_socket
+
+    return ControlClient(find_socket(config, socket, DEFAULT_SOCKET))

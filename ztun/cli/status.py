@@ -1,0 +1,63 @@
+"""`ztun status` for a person: the sections of `status --json`, each on a line or in a small table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.text import Text
+
+from ztun.cli.output import heading, make_console, say, say_duration, table
+
+_SECTIONS = ("tcp", "udp", "icmp", "dns", "pool")
+
+
+def show_status(status: Mapping[str, Any]) -> None:
+    """Print the body of GET /status."""
+    console = make_console()
+    console.print(_first_line(status))
+    for name in _SECTIONS:
+        section = status.get(name)
+        if section:
+            console.print(_section_line(name, section), soft_wrap=False)
+    outbounds = _rows(status.get("outbounds"))
+    if outbounds:
+        heading(console, "Outbounds")
+        console.print(table(outbounds, numbers=_number_columns(outbounds)))
+    drops = {reason: count for reason, count in (status.get("drops") or {}).items() if count}
+    heading(console, "Drops", "" if drops else "none")
+    if drops:
+        console.print(table([{"reason": reason, "count": count} for reason, count in drops.items()], numbers=["count"]))
+
+
+def _first_line(status: Mapping[str, Any]) -> Text:
+    state = str(status.get("state", "unknown"))
+    parts: list[Any] = [(state, "bold green" if state == "running" else "bold yellow")]
+    if "uptime_s" in status:
+        parts.append(f" for {say_duration(status['uptime_s'])}")
+    if "pid" in status:
+        parts.append(f", pid {status['pid']}")
+    return Text.assemble(*parts)
+
+
+def _section_line(name: str, section: Any) -> Text:
+    text = Text(f"{name:<6}", style="")
+    if not isinstance(section, Mapping):
+        return text.append(say(section))
+    words = [f"{key.replace('_', ' ')} {say(value)}" for key, value in section.items() if value not in (None, {}, [])]
+    text.append(", ".join(words))
+    return text
+
+
+def _rows(outbounds: Any) -> list[dict[str, Any]]:
+    """Outbounds as rows, from a list of them or from tag -> figures."""
+    if isinstance(outbounds, Mapping):
+        return [
+            {"tag": tag, **(figures if isinstance(figures, Mapping) else {"count": figures})}
+            for tag, figures in outbounds.items()
+        ]
+    return [dict(row) for row in outbounds or ()]
+
+
+def _number_columns(rows: list[dict[str, Any]]) -> list[str]:
+    return [key for key in rows[0] if all(isinstance(row.get(key, 0), (int, float)) for row in rows)]
