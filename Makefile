@@ -1,13 +1,55 @@
-# `make demo` and `make test` install what they need; see README.
-PYTHON := /usr/bin/python3
+# Every target installs first what it needs: `make demo` on a fresh Debian 12 is all it takes.
+# Run as root, since namespaces, TUN and BPF need it.
+PYTHON ?= /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+PACKAGES := python3 python3-bpfcc python3-venv linux-libc-dev iproute2 curl procps openssl util-linux \
+	dante-server microsocks tinyproxy dnsmasq-base nginx-light bind9-dnsutils \
+	iperf3 wrk bpftool nftables tcpdump ethtool iputils-ping netcat-openbsd
+SYSTEM_STAMP := $(VENV)/.system
+DEV_STAMP := $(VENV)/.dev
+BENCH_STAMP := $(VENV)/.bench
 
-.PHONY: setup
-setup: $(STAMP)
+.PHONY: setup demo up lint test bench clean
 
-$(STAMP): pyproject.toml
-	$(PYTHON) -m venv --system-site-packages $(VENV)
-	$(BIN)/pip install --quiet --editable '.[dev,bench]'
-	touch $@
+setup: $(DEV_STAMP)
+
+# Debian packages that dpkg does not know as installed.
+$(SYSTEM_STAMP): Makefile packaging/install-packages
+	packaging/install-packages $(PACKAGES)
+	@mkdir -p $(VENV) && touch $@
+
+# System site packages, since that is where Debian's bcc lives.
+$(DEV_STAMP): $(SYSTEM_STAMP) pyproject.toml
+	test -x $(BIN)/pip || $(PYTHON) -m venv --system-site-packages $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(BENCH_STAMP): $(DEV_STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
+	@touch $@
+
+demo: setup
+	$(BIN)/ztun demo
+
+# make up ARGS="--proxy socks5://10.1.1.1:1080 --lan eth1"
+up: setup
+	$(BIN)/ztun up $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# make test ARGS="tests/stack -k sack"
+test: setup
+	$(BIN)/pytest $(ARGS)
+
+# make bench ARGS="--rounds 3 --seconds 2"
+bench: $(BENCH_STAMP)
+	$(BIN)/python -m bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache bench/results
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

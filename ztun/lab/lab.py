@@ -27,6 +27,7 @@ _serial = itertools.count()
 _NO_DAD = {"ipv6/conf/all/accept_dad": "0", "ipv6/conf/default/accept_dad": "0"}  # else addresses wait a second
 _HOST = {**_NO_DAD, "ipv6/conf/all/accept_ra": "0", "ipv6/conf/default/accept_ra": "0"}
 _ROUTER = {**_HOST, "ipv4/ip_forward": "1", "ipv6/conf/all/forwarding": "1"}
+_INTERNET = {**_ROUTER, "ipv6/ip_nonlocal_bind": "1"}
 
 
 class Lab:
@@ -147,7 +148,7 @@ class Lab:
         self.directory.mkdir(mode=0o755)
         self.client.create(resolver=plan.GATEWAY_LAN4, sysctls=_HOST)
         self.gateway.create(resolver=plan.UPSTREAM4, sysctls=_ROUTER)
-        self.upstream.create(resolver=plan.UPSTREAM4, sysctls=_ROUTER)
+        self.upstream.create(resolver=plan.UPSTREAM4, sysctls=_INTERNET)
         self.gateway.ip(
             f"link add lan0 type veth peer name eth0 netns {self.client.name}",
             f"link add wan0 type veth peer name eth0 netns {self.upstream.name}",
@@ -215,9 +216,7 @@ def _internet() -> Iterator[str]:
     for address in plan.INTERNET4:
         yield f"address add {address}/32 dev lo"
         yield f"route replace local {address} dev lo table local src {plan.UPSTREAM4}"
-    for address in plan.INTERNET6:
-        yield f"address add {address}/128 dev lo nodad"
-        yield f"route delete local {address} dev lo table local"  # the kernel's, with a metric that would win
+    for address in plan.INTERNET6:  # no address on lo: the kernel would add its local route at a time of its own
         yield f"route add local {address} dev lo table local src {plan.UPSTREAM6}"
 
 
