@@ -1,0 +1,593 @@
+"""One TCP connection with a client (RFC 9293), from its SYN to its end.
+
+The client always opens. The connection stays in DIALING until the application says `accept` or `refuse`, so that the
+client learns the truth about the far end (the SYN is answered only then).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from ztun.stack.header import FlowHeader
+from ztun.stack.receiver import Receiver
+from ztun.stack.sender import Sender
+from ztun.stack.state import Closed, State
+from ztun.stack.timers import NEVER
+from ztun.wire import tcp
+from ztun.wire.icmp import Reason
+from ztun.wire.sequence import MASK, unwrap
+from ztun.wire.tcp import ACK, FIN, RST, SYN
+
+if TYPE_CHECKING:
+    from ztun.stack.stack import Stack
+
+_CHALLENGE_INTERVAL = 0.5  # seconds between challenge ACKs of one flow (RFC 5961 section 7)
+_PAWS_IDLE = 24 * 86400.0  # RFC 7323 section 5.5: an idle connection's TS.Recent is no longer trusted
+_TS_OPTIONS = 12
+_DEFAULT_MSS4, _DEFAULT_MSS6 = 536, 1220  # RFC 9293 section 3.7.1
+_MINIMUM_MSS = 88  # smaller offers are attacks on the sender (CVE-2019-11479), not networks
+
+
+class Handler(Protocol):
+    """What a connection tells its application."""
+
+    def established(self, now: float) -> None:
+        """The client answered the SYN-ACK."""
+        ...
+
+    def data(self, payload: memoryview, now: float) -> int:
+        """In-order bytes. Returns how many of them it keeps; those count against the window until `consumed`.
+
+        A view may be held on to only when something was kept of it.
+        """
+        ...
+
+    def eof(self, now: float) -> None:
+        """The client sent FIN."""
+        ...
+
+    def writable(self, now: float) -> None:
+        """Data was acknowledged or the window opened: `room` may have grown."""
+        ...
+
+    def closed(self, how: Closed, now: float) -> None:
+        """The connection is gone. Called once, last."""
+        ...
+
+
+class Connection:
+    """key: source and destination address, source and destination port of the client's packets, as on the wire."""
+
+    __slots__ = (
+        "_challenge_at",
+        "_idle_at",
+        "_opened_at",
+        "_probes",
+        "_scaled",
+        "_stamp_recent_at",
+        "_syn_at",
+        "armed",
+        "client_mss",
+        "handler",
+        "header",
+        "iss",
+        "key",
+        "last_ack_sent",
+        "last_data",
+        "last_heard",
+        "received",
+        "rx",
+        "sack_permitted",
+        "scale",
+        "sent",
+        "stack",
+        "stamp_offset",
+        "stamp_recent",
+        "state",
+        "syn",
+        "timestamps",
+        "tx",
+    )  # fmt: skip
+
+    def __init__(
+        self, stack: Stack, key: bytes, syn: bytes, seq: int, options: tcp.Options, window: int, now: float
+    ) -> None:
+        settings = stack.settings
+        half = (len(key) - 4) // 2
+        self.stack = stack
+        self.key = key
+        self.syn = syn  # the client's packet, to quote in an ICMP error
+        self.state = State.DIALING
+        self.handler: Handler | None = None
+        self.header = FlowHeader(key[half : 2 * half] + key[:half] + key[-2:] + key[-4:-2])
+        self.timestamps = options.timestamps is not None
+        self.sack_permitted = options.sack_permitted
+        self.scale = options.window_scale or 0
+        self.client_mss = max(options.mss or (_DEFAULT_MSS6 if len(key) == 36 else _DEFAULT_MSS4), _MINIMUM_MSS)
+        self._scaled = options.window_scale is not None
+        own_scale = _scale_for(settings.receive_buffer) if self._scaled else 0
+        capacity = settings.receive_buffer if self._scaled else min(settings.receive_buffer, 0xFFFF)
+        self.stamp_offset = stack.isn(key[::-1], 0.0)
+        self.stamp_recent = options.timestamps[0] if options.timestamps else 0
+        self._stamp_recent_at = now
+        self.iss = stack.isn(key, now)
+        self.tx = Sender(self, self.iss + 1, self._payload_size())
+        self.tx.set_window(window, seq, 0)
+        self.rx = Receiver(seq + 1, capacity, own_scale, self._payload_size())
+        self._set_sizes()
+        self.last_ack_sent = seq + 1
+        self.last_heard = now
+        self.last_data = now
+        self.received = 0
+        self.sent = 0
+        self.armed = NEVER
+        self._syn_at: float | None = None
+        self._idle_at = NEVER
+        self._opened_at = now
+        self._challenge_at = -NEVER
+        self._probes = 0
+
+    # Facts.
+
+    @property
+    def source(self) -> bytes:
+        return self.key[: (len(self.key) - 4) // 2]
+
+    @property
+    def destination(self) -> bytes:
+        return self.key[(len(self.key) - 4) // 2 : -4]
+
+    @property
+    def source_port(self) -> int:
+        return int.from_bytes(self.key[-4:-2], "big")
+
+    @property
+    def destination_port(self) -> int:
+        return int.from_bytes(self.key[-2:], "big")
+
+    @property
+    def is_closed(self) -> bool:
+        return self.state is State.CLOSED
+
+    def quiescent(self) -> bool:
+        """Nothing is unacknowledged either way, so that the flow could be handed to the kernel."""
+        return self.state is State.ESTABLISHED and not (
+            self.tx.flight()
+            or self.tx.queue.end > self.tx.nxt
+            or self.rx.unacknowledged
+            or self.rx.reassembly
+            or self.rx.held
+        )
+
+    def room(self) -> int:
+        """How many bytes `send` would put on the way at once."""
+        return self.tx.room() if self.state in (State.ESTABLISHED, State.CLOSE_WAIT) else 0
+
+    def _payload_size(self) -> int:
+        own = self.stack.settings.mtu - (60 if len(self.key) == 36 else 40)
+        return min(self.client_mss, own) - (_TS_OPTIONS if self.timestamps else 0)
+
+    def _set_sizes(self) -> None:
+        options = _TS_OPTIONS if self.timestamps else 0
+        self.header.set_segment_size(self.tx.mss, options)
+        self.tx.largest = min(self.header.largest_payload(options), self.tx.limit)
+
+    # What the application asks for.
+
+    def accept(self, handler: Handler, now: float) -> None:
+        """The outbound is connected: answer the SYN."""
+        self.handler = handler
+        self.syn = b""
+        self.state = State.SYN_RECEIVED
+        self._send_syn_ack(now)
+
+    def refuse(self, now: float, reason: Reason | None = None) -> None:
+        """The outbound is not to be had. reason: an ICMP error to send in place of a RST."""
+        if self.state is not State.DIALING:
+            return
+        if reason is None:
+            self._emit_reset(0, self.rx.nxt)
+            self._finish(Closed.REFUSED, now)
+        else:
+            self.stack.send_unreachable(self.syn, reason, now)
+            self._finish(Closed.UNREACHABLE, now)
+
+    def send(self, data: memoryview, now: float, owner: memoryview | None = None) -> None:
+        """Send bytes. owner: the pool's buffer that `data` lies in; it goes back to the pool once acknowledged."""
+        self.sent += len(data)
+        self.tx.push(data, owner, now)
+
+    def consumed(self, count: int, now: float) -> None:
+        """The handler passed on `count` of the bytes that it had kept."""
+        self.rx.held -= count
+        if self.rx.window_grew() and self.state in (State.ESTABLISHED, State.FIN_WAIT_1, State.FIN_WAIT_2):
+            self._emit_ack(now)
+
+    def shutdown(self, now: float) -> None:
+        """No more data from our side: FIN after what is queued."""
+        if self.state is State.ESTABLISHED:
+            self.state = State.FIN_WAIT_1
+        elif self.state is State.CLOSE_WAIT:
+            self.state = State.LAST_ACK
+        else:
+            return
+        self.tx.fin_queued = True
+        self.tx.transmit(now)
+
+    def abort(self, now: float, how: Closed = Closed.ABORTED) -> None:
+        """Reset the connection."""
+        if self.state is State.CLOSED:
+            return
+        if self.state is State.DIALING:
+            self._emit_reset(0, self.rx.nxt)
+        else:
+            self._emit_reset(self.tx.nxt, self.rx.nxt)
+        self._finish(how, now)
+
+    # Packets in.
+
+    def receive(
+        self, seq: int, ack: int, bits: int, window: int, packet: memoryview, start: int, end: int, now: float
+    ) -> bool:
+        """Take one segment. seq, ack, bits, window: header fields in host order; start, end: of the TCP header and
+        payload in `packet`. Returns True when a view of the packet's buffer was kept."""
+        payload = start + (bits >> 10 & 0x3C)
+        if payload > end or payload < start + 20:
+            self.stack.drop("tcp-length")
+            return False
+        options = self._options(packet, start, payload)
+        if self.state is State.DIALING or self.state is State.CLOSED:
+            self._receive_while_dialing(seq, bits, now)
+            return False
+        seq = unwrap(seq, self.rx.nxt)
+        length = end - payload
+        if not self._stamps_pass(options, bits, seq, now) or not self._is_acceptable(seq, length, bits, now):
+            return False
+        self.last_heard = now
+        self._probes = 0
+        if bits & ACK == 0 or not self._take_ack(unwrap(ack, self.tx.una), seq, bits, window, length, options, now):
+            return False
+        if self.is_closed:
+            return False
+        if self.rx.fin is not None:
+            length = min(length, self.rx.fin - seq)
+        kept = length > 0 and self._take_data(seq, packet[payload : payload + length], now)
+        if bits & FIN and self.rx.fin is None:
+            self.rx.fin = seq + length
+            if self.rx.fin != self.rx.nxt:
+                self._emit_ack(now)
+        if self.rx.fin == self.rx.nxt:
+            self._take_fin(now)
+        return kept
+
+    def _options(self, packet: memoryview, start: int, payload: int) -> tcp.Options:
+        if payload - start == 32:
+            lead, value, echo = tcp.TIMESTAMPS.unpack_from(packet, start + 20)
+            if lead == tcp.TIMESTAMP_LEAD:
+                return tcp.Options(timestamps=(value, echo))
+        elif payload - start == 20:
+            return tcp.NO_OPTIONS
+        return tcp.parse_options(packet[start + 20 : payload])
+
+    def _receive_while_dialing(self, seq: int, bits: int, now: float) -> None:
+        """A repeated SYN waits with the first one. Only a RST ends the wait."""
+        if bits & RST and seq in (self.rx.nxt & MASK, (self.rx.nxt - 1) & MASK):
+            self._finish(Closed.RESET_BY_CLIENT, now)
+
+    def _stamps_pass(self, options: tcp.Options, bits: int, seq: int, now: float) -> bool:
+        """PAWS (RFC 7323 section 5.3). A segment that lacks the agreed option is dropped, a RST aside."""
+        if not self.timestamps or bits & RST:
+            return True
+        if options.timestamps is None:
+            if bits & SYN:
+                return True
+            self.stack.drop("tcp-no-timestamp")
+            return False
+        value = options.timestamps[0]
+        if (value - self.stamp_recent) & 0x80000000 and now - self._stamp_recent_at < _PAWS_IDLE:
+            self.stack.drop("tcp-paws")
+            self._emit_ack(now)
+            return False
+        if seq <= self.last_ack_sent:
+            self.stamp_recent = value
+            self._stamp_recent_at = now
+        return True
+
+    def _is_acceptable(self, seq: int, length: int, bits: int, now: float) -> bool:
+        """The window check, RST and SYN of RFC 9293 section 3.10.7.4, as hardened by RFC 5961."""
+        counted = length + (1 if bits & FIN else 0)
+        acceptable = self.rx.acceptable(seq, counted)
+        if bits & RST:
+            self._take_reset(seq, acceptable, now)
+            return False
+        if bits & SYN:
+            if self.state is State.SYN_RECEIVED and seq == self.rx.nxt - 1:
+                self._send_syn_ack(now)
+            else:
+                self._challenge(now)
+            return False
+        if acceptable:
+            return True
+        self.stack.drop("tcp-window")
+        if counted and seq + counted <= self.rx.nxt:
+            self._emit_ack(now)  # our ACK was lost, or a spurious retransmission
+        else:
+            self._challenge(now)
+        # In a closed window valid ACKs are processed all the same.
+        return counted == 0 and seq == self.rx.nxt
+
+    def _take_reset(self, seq: int, acceptable: bool, now: float) -> None:
+        if seq == self.rx.nxt:
+            self._finish(Closed.RESET_BY_CLIENT, now)
+        elif acceptable:
+            self._challenge(now)
+        else:
+            self.stack.drop("tcp-reset-window")
+
+    def _challenge(self, now: float) -> None:
+        if now - self._challenge_at >= _CHALLENGE_INTERVAL:
+            self._challenge_at = now
+            self._emit_ack(now)
+
+    def _take_ack(
+        self, ack: int, seq: int, bits: int, window: int, length: int, options: tcp.Options, now: float
+    ) -> bool:
+        tx = self.tx
+        if ack > tx.nxt or ack < tx.una - max(tx.wnd, 1 << 16):
+            if self.state is State.SYN_RECEIVED:
+                self._emit_reset(ack, None)
+            else:
+                self._challenge(now)
+            self.stack.drop("tcp-ack")
+            return False
+        if self.state is State.SYN_RECEIVED:
+            if ack != self.iss + 1:
+                return False
+            self._establish(seq, ack, now)
+        before = tx.wnd
+        una = tx.una
+        empty = length == 0 and not bits & FIN
+        tx.set_window(window << self.scale, seq, ack)
+        sack = tuple((unwrap(left, una), unwrap(right, una)) for left, right in options.sack) if options.sack else ()
+        if ack > una or tx.flight() or before != tx.wnd:
+            tx.acknowledge(ack, empty, before == tx.wnd, sack, now)
+            if self.state is State.ESTABLISHED or self.state is State.CLOSE_WAIT:
+                if self.handler is not None and (ack > una or tx.wnd > before):
+                    self.handler.writable(now)
+            else:
+                self._acknowledged_fin(now)
+        return True
+
+    def _establish(self, seq: int, ack: int, now: float) -> None:
+        self.state = State.ESTABLISHED
+        self._syn_at = None
+        self.tx.rto_at = None
+        if self.tx.retries == 0:
+            self.tx.rtt.sample(now - self._opened_at)
+        self.tx.retries = 0
+        self.stack.established()
+        self._idle_at = now + self.stack.settings.keepalive_idle
+        self.arm(self._idle_at)
+        assert self.handler is not None
+        self.handler.established(now)
+
+    def _acknowledged_fin(self, now: float) -> None:
+        """Advance when our FIN was acknowledged."""
+        if self.tx.unsent() or self.tx.una < self.tx.nxt:
+            return
+        if self.state is State.FIN_WAIT_1:
+            self.state = State.FIN_WAIT_2
+            self._idle_at = now + self.stack.settings.fin_wait_2
+            self.arm(self._idle_at)
+        elif self.state is State.CLOSING:
+            self._enter_time_wait(now)
+        elif self.state is State.LAST_ACK:
+            self._finish(Closed.FINISHED, now)
+
+    def _take_data(self, seq: int, payload: memoryview, now: float) -> bool:
+        rx = self.rx
+        if seq != rx.nxt:
+            if seq > rx.nxt:
+                kept = rx.reassembly.insert(seq, payload[: max(rx.edge - seq, 0)])
+                self._emit_ack(now)  # a gap is told at once (RFC 5681 section 4.2)
+                return kept
+            payload = payload[rx.nxt - seq :]
+        if len(payload) > rx.edge - rx.nxt:
+            payload = payload[: rx.edge - rx.nxt]
+        kept = self._deliver(payload, now)
+        if rx.reassembly:
+            rx.ack_now = True  # and so is a gap that was filled
+            while not self.is_closed and (piece := rx.reassembly.take(rx.nxt)) is not None:
+                self._deliver(piece, now)
+        self._acknowledge_later()
+        return kept
+
+    def _deliver(self, payload: memoryview, now: float) -> bool:
+        self.rx.count(len(payload))
+        self.received += len(payload)
+        self.last_data = now
+        assert self.handler is not None
+        kept = self.handler.data(payload, now)
+        self.rx.held += kept
+        return kept > 0
+
+    def _acknowledge_later(self) -> None:
+        """The ACK waits for the end of the batch: what the application sends until then carries it."""
+        if not self.rx.scheduled:
+            self.rx.scheduled = True
+            self.stack.ack_later.append(self)
+
+    def _take_fin(self, now: float) -> None:
+        """Everything up to the FIN is here."""
+        if self.state is State.ESTABLISHED:
+            self.state = State.CLOSE_WAIT
+        elif self.state is State.FIN_WAIT_1:
+            self.state = State.CLOSING
+        elif self.state is not State.FIN_WAIT_2:
+            return
+        self.rx.nxt += 1
+        self.rx.ack_now = True
+        assert self.handler is not None
+        if self.state is State.FIN_WAIT_2:
+            self._emit_ack(now)
+            self.handler.eof(now)
+            self._enter_time_wait(now)
+        else:
+            self._acknowledge_later()
+            self.handler.eof(now)
+
+    # Packets out.
+
+    def emit(self, seq: int, flags: int, payload: int, views: list[memoryview], now: float) -> None:
+        """Put one segment into the outbox, with the ACK and the window of this moment."""
+        rx = self.rx
+        window = rx.window() >> rx.scale
+        options = self._stamp_option(now) if self.timestamps else b""
+        header = self.header.pack(seq, rx.nxt, flags, window, options, payload)
+        self.stack.outbox.append((header, *views))
+        rx.acknowledged()
+        self.last_ack_sent = rx.nxt
+        if payload:
+            self.last_data = now
+
+    def _stamp_option(self, now: float) -> bytes:
+        return tcp.TIMESTAMPS.pack(tcp.TIMESTAMP_LEAD, self._stamp(now), self.stamp_recent)
+
+    def _stamp(self, now: float) -> int:
+        """TSval: milliseconds from an offset of the flow's own (RFC 7323 section 5.4)."""
+        return (int(now * 1000) + self.stamp_offset) & MASK
+
+    def _emit_ack(self, now: float) -> None:
+        rx = self.rx
+        if not rx.reassembly or not self.sack_permitted:
+            self.emit(self.tx.nxt, ACK, 0, [], now)
+            return
+        blocks = rx.reassembly.sack_blocks(3 if self.timestamps else 4)
+        options = tcp.pack_options(
+            tcp.Options(
+                timestamps=(self._stamp(now), self.stamp_recent) if self.timestamps else None,
+                sack=tuple((left & MASK, right & MASK) for left, right in blocks),
+            )
+        )
+        window = rx.window() >> rx.scale
+        self.stack.outbox.append((self.header.pack(self.tx.nxt, rx.nxt, ACK, window, options, 0),))
+        rx.acknowledged()
+        self.last_ack_sent = rx.nxt
+
+    def _emit_reset(self, seq: int, ack: int | None) -> None:
+        flags = RST if ack is None else RST | ACK
+        self.stack.outbox.append((self.header.pack(seq, ack or 0, flags, 0, b"", 0),))
+
+    def _send_syn_ack(self, now: float) -> None:
+        settings = self.stack.settings
+        own = settings.mtu - (60 if len(self.key) == 36 else 40)
+        options = tcp.pack_options(
+            tcp.Options(
+                mss=own,
+                window_scale=self.rx.scale if self._scaled else None,
+                sack_permitted=self.sack_permitted,
+                timestamps=(self._stamp(now), self.stamp_recent) if self.timestamps else None,
+            )
+        )
+        window = min(self.rx.window(), 0xFFFF)
+        self.stack.outbox.append((self.header.pack(self.iss, self.rx.nxt, SYN | ACK, window, options, 0),))
+        if self._syn_at is None:
+            self._opened_at = now
+        self._syn_at = now + self.tx.rtt.rto
+        self.arm(self._syn_at)
+
+    # Time.
+
+    def arm(self, when: float) -> None:
+        if when < self.armed:
+            self.stack.timers.arm(self, when)
+
+    def deadline(self) -> float:
+        """The earliest of all that this connection waits for."""
+        when = self._idle_at
+        for at in (self.tx.rto_at, self.rx.ack_at, self._syn_at):
+            if at is not None and at < when:
+                when = at
+        return when
+
+    def expired(self, now: float) -> None:
+        """Do everything whose time has come."""
+        if self.state is State.CLOSED:
+            return
+        if self.rx.ack_at is not None and self.rx.ack_at <= now:
+            self._emit_ack(now)
+        if self._syn_at is not None and self._syn_at <= now:
+            self._repeat_syn_ack(now)
+        elif self.tx.rto_at is not None and self.tx.rto_at <= now and not self.tx.timed_out(now):
+            self.abort(now, Closed.TIMED_OUT)
+        if self._idle_at <= now and not self.is_closed:
+            self._check_idle(now)
+
+    def flush_ack(self, now: float) -> None:
+        """End of a batch: acknowledge now, or within the delayed-ACK time (RFC 9293 section 3.8.6.3)."""
+        rx = self.rx
+        rx.scheduled = False
+        if self.state is State.CLOSED:
+            return
+        if rx.ack_now:
+            self._emit_ack(now)
+        elif rx.unacknowledged and rx.ack_at is None:
+            rx.ack_at = now + self.stack.settings.delayed_ack
+            self.arm(rx.ack_at)
+
+    def _repeat_syn_ack(self, now: float) -> None:
+        self.tx.retries += 1
+        if self.tx.retries > self.stack.settings.syn_retries:
+            self.abort(now, Closed.TIMED_OUT)
+            return
+        self.tx.rtt.back_off()
+        self._send_syn_ack(now)
+
+    def _check_idle(self, now: float) -> None:
+        """Keep-alive (RFC 9293 section 3.8.4), the idle time-out, and the end of FIN-WAIT-2."""
+        settings = self.stack.settings
+        if self.state is State.FIN_WAIT_2 and now - max(self.last_data, self.last_heard) >= settings.fin_wait_2:
+            self._finish(Closed.FINISHED, now)
+            return
+        if now - self.last_data >= settings.tcp_idle or self._probes >= settings.keepalive_probes:
+            self.abort(now, Closed.TIMED_OUT)
+            return
+        if now - self.last_heard < settings.keepalive_idle and not self._probes:
+            self._idle_at = self.last_heard + settings.keepalive_idle
+        else:
+            self._probes += 1
+            self.emit(self.tx.nxt - 1, ACK, 0, [], now)
+            self._idle_at = now + settings.keepalive_interval
+
+    def packet_too_big(self, mtu: int, seq: int, now: float) -> None:
+        """An ICMP error that quotes our segment `seq`: the path takes `mtu` bytes only (RFC 1191, RFC 8201)."""
+        if not self.tx.una <= unwrap(seq, self.tx.una) < self.tx.nxt:  # RFC 5927 section 4.1
+            self.stack.drop("icmp-sequence")
+            return
+        floor = 1280 if len(self.key) == 36 else 68 + 20
+        size = max(mtu, floor) - (60 if len(self.key) == 36 else 40) - (_TS_OPTIONS if self.timestamps else 0)
+        if size < self.tx.mss:
+            self.tx.mss = size
+            self._set_sizes()
+            self.tx.resize(size, self.tx.largest, now)
+
+    # Ends.
+
+    def _enter_time_wait(self, now: float) -> None:
+        self.stack.keep_in_time_wait(self, now)
+        self._finish(Closed.FINISHED, now)
+
+    def _finish(self, how: Closed, now: float) -> None:
+        half_open = self.state in (State.DIALING, State.SYN_RECEIVED)
+        self.state = State.CLOSED
+        self._idle_at = NEVER
+        self._syn_at = self.tx.rto_at = self.rx.ack_at = None
+        self.tx.queue.clear()
+        self.stack.forget(self, half_open)
+        if self.handler is not None:
+            self.handler.closed(how, now)
+
+
+def _scale_for(size: int) -> int:
+    """The smallest window scale with which `size` bytes can be said (RFC 7323 section 2.3)."""
+    return min(max(size.bit_length() - 16, 0), tcp.MAX_WINDOW_SCALE)

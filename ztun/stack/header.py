@@ -1,0 +1,88 @@
+"""Outgoing TCP headers of one flow: virtio_net_hdr, IP and TCP in one bytes object, all that can be computed once is.
+
+The TCP checksum field carries the pseudo-header sum only (VIRTIO_NET_HDR_F_NEEDS_CSUM); the kernel or the card adds the
+payload. A segment larger than the MSS goes out whole with gso_size set, to be cut by the kernel or the card.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from ztun.wire import checksum, ip, tcp, vnet
+from ztun.wire.sequence import MASK
+
+_CSUM_OFFSET = 16  # of the checksum field in the TCP header
+_MAX_IP4 = 65535
+
+# virtio_net_hdr, version/TOS, total length, ID/flags/TTL/protocol, checksum, addresses and ports, then TCP.
+_V4 = struct.Struct("!10s2sH6sH12sIIHHHH")
+# virtio_net_hdr, version/class/label, payload length, next header/hop limit, addresses and ports, then TCP.
+_V6 = struct.Struct("!10s4sH2s36sIIHHHH")
+
+
+class FlowHeader:
+    """Builds headers for one direction of one flow.
+
+    key: source address, destination address, source port, destination port as they stand in the packet to send,
+    12 bytes for IPv4, 36 for IPv6.
+    """
+
+    __slots__ = ("_base", "_gso", "_ip_base", "_ip_length", "_key", "_plain", "_size", "_v6", "overhead")
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._v6 = len(key) == 36
+        self._ip_length = 40 if self._v6 else 20
+        addresses = key[:-4]
+        self._base = checksum.pseudo_sum(addresses, ip.TCP, 0)
+        self._ip_base = checksum.ones_sum(
+            struct.pack("!BBHHHBB", 0x45, 0, 0, 0, 0x4000, ip.DEFAULT_TTL, ip.TCP) + addresses
+        )
+        self._plain = vnet.pack(vnet.NEEDS_CSUM, vnet.GSO_NONE, 0, 0, self._ip_length, _CSUM_OFFSET)
+        self._gso = self._plain
+        self._size = 0
+        self.overhead = self._ip_length + 20
+
+    def set_segment_size(self, size: int, options: int) -> None:
+        """size: payload bytes of a full segment; options: bytes of options that a data segment carries."""
+        gso_type = vnet.GSO_TCPV6 if self._v6 else vnet.GSO_TCPV4
+        self._size = size
+        self._gso = vnet.pack(vnet.NEEDS_CSUM, gso_type, self.overhead + options, size, self._ip_length, _CSUM_OFFSET)
+
+    def largest_payload(self, options: int) -> int:
+        """The most bytes that one super-segment can carry: whole segments within what the IP length field can say."""
+        room = _MAX_IP4 - self.overhead - options
+        return room // self._size * self._size
+
+    def pack(self, seq: int, ack: int, flags: int, window: int, options: bytes, payload: int) -> bytes:
+        """seq, ack: any integers, taken modulo 2**32; window: as it goes on the wire; payload: its length in bytes."""
+        header = 20 + len(options)
+        length = header + payload
+        front = self._gso if payload > self._size else self._plain
+        pseudo = self._base + length
+        pseudo = (pseudo & 0xFFFF) + (pseudo >> 16)
+        bits = header << 10 | flags
+        if self._v6:
+            return (
+                _V6.pack(
+                    front, b"\x60\0\0\0", length, b"\x06\x40", self._key,
+                    seq & MASK, ack & MASK, bits, window, pseudo, 0,
+                )
+                + options
+            )  # fmt: skip
+        total = 20 + length
+        check = self._ip_base + total
+        check = ((check & 0xFFFF) + (check >> 16)) ^ 0xFFFF
+        return (
+            _V4.pack(
+                front, b"\x45\0", total, b"\0\0\x40\0\x40\x06", check, self._key,
+                seq & MASK, ack & MASK, bits, window, pseudo, 0,
+            )
+            + options
+        )  # fmt: skip
+
+
+def reset_for(key: bytes, seq: int, ack: int | None) -> bytes:
+    """A RST packet of a flow without a connection (RFC 9293 section 3.10.7.1). key: as for FlowHeader."""
+    flags = tcp.RST if ack is None else tcp.RST | tcp.ACK
+    return FlowHeader(key).pack(seq, ack or 0, flags, 0, b"", 0)

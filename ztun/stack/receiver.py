@@ -1,0 +1,62 @@
+"""The receiving half of a connection: what has arrived, what may arrive, and when to say so."""
+
+from __future__ import annotations
+
+from ztun.stack.reassembly import Reassembly
+
+
+class Receiver:
+    """Sequence numbers are full integers. nxt: next byte expected; edge: right edge of the advertised window."""
+
+    __slots__ = (
+        "ack_at", "ack_now", "capacity", "edge", "fin", "held", "mss", "nxt", "reassembly", "scale", "scheduled",
+        "unacknowledged",
+    )  # fmt: skip
+
+    def __init__(self, first: int, capacity: int, scale: int, mss: int) -> None:
+        self.nxt = first
+        self.capacity = capacity
+        self.scale = scale
+        self.mss = mss
+        self.edge = first
+        self.held = 0  # bytes that the handler has and could not pass on yet
+        self.fin: int | None = None  # sequence number of the peer's FIN once it was seen
+        self.reassembly = Reassembly()
+        self.unacknowledged = 0  # bytes received since the last ACK
+        self.ack_now = False
+        self.ack_at: float | None = None  # when a delayed ACK is due
+        self.scheduled = False  # on the stack's list of connections to look at after this batch
+
+    def window(self) -> int:
+        """The window to advertise, in bytes. Its right edge never moves back (RFC 9293 section 3.8.6.2.2)."""
+        free = self.capacity - self.held
+        edge = self.nxt + (free >> self.scale << self.scale)
+        if edge - self.edge >= min(self.mss, self.capacity // 2):
+            self.edge = edge
+        return max(self.edge - self.nxt, 0)
+
+    def window_grew(self) -> bool:
+        """True when the peer should hear of room that it does not know of: a quarter of the buffer, or two segments
+        after it was nearly shut."""
+        known = self.edge - self.nxt
+        gain = self.nxt + self.capacity - self.held - self.edge
+        return gain >= self.capacity // 4 or (known < 2 * self.mss <= gain)
+
+    def acceptable(self, seq: int, length: int) -> bool:
+        """RFC 9293 section 3.10.7.4, first check. length counts SYN and FIN."""
+        if length == 0:
+            return seq == self.nxt or self.nxt <= seq < self.edge
+        return seq < self.edge and seq + length > self.nxt
+
+    def count(self, length: int) -> None:
+        """`length` in-order bytes arrived: at least every second full segment is acknowledged (RFC 5681 4.2)."""
+        self.nxt += length
+        self.unacknowledged += length
+        if self.unacknowledged >= 2 * self.mss:
+            self.ack_now = True
+
+    def acknowledged(self) -> None:
+        """An ACK for everything received is on its way."""
+        self.unacknowledged = 0
+        self.ack_now = False
+        self.ack_at = None

@@ -1,0 +1,33 @@
+"""Round-trip time estimation and the retransmission time-out (RFC 6298)."""
+
+from __future__ import annotations
+
+_GRANULARITY = 0.001
+
+
+class RttEstimator:
+    """Keeps SRTT, RTTVAR and RTO, all in seconds. srtt is None before the first sample."""
+
+    __slots__ = ("_maximum", "_minimum", "rto", "rttvar", "srtt")
+
+    def __init__(self, initial: float, minimum: float, maximum: float) -> None:
+        self.srtt: float | None = None
+        self.rttvar = 0.0
+        self.rto = initial
+        self._minimum = minimum
+        self._maximum = maximum
+
+    def sample(self, rtt: float) -> None:
+        """Take one measurement of a segment that was not retransmitted (Karn), which also ends any back-off."""
+        if self.srtt is None:
+            self.srtt = rtt
+            self.rttvar = rtt / 2
+        else:
+            self.rttvar += (abs(self.srtt - rtt) - self.rttvar) / 4
+            self.srtt += (rtt - self.srtt) / 8
+        rto = self.srtt + max(_GRANULARITY, 4 * self.rttvar)
+        self.rto = min(max(rto, self._minimum), self._maximum)
+
+    def back_off(self) -> None:
+        """Double the time-out after it expired (5.5)."""
+        self.rto = min(self.rto * 2, self._maximum)

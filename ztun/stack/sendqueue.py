@@ -1,0 +1,56 @@
+"""The bytes of one connection that the peer has not acknowledged yet, in the buffers they were read into."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from ztun.stack.buffers import BufferPool
+
+
+class SendQueue:
+    """A byte stream from sequence number `start` to `end`. Buffers go back to the pool when they are acknowledged."""
+
+    __slots__ = ("_chunks", "_pool", "end", "start")
+
+    def __init__(self, first: int, pool: BufferPool) -> None:
+        self._chunks: deque[tuple[int, memoryview, memoryview | None]] = deque()
+        self._pool = pool
+        self.start = first
+        self.end = first
+
+    def append(self, data: memoryview, owner: memoryview | None) -> None:
+        """Add bytes. owner: the pool's buffer that `data` is a part of, or None."""
+        self.end += len(data)
+        self._chunks.append((self.end, data, owner))
+
+    def acknowledge(self, sequence: int) -> None:
+        """Drop every chunk that ends at or before `sequence`."""
+        chunks = self._chunks
+        while chunks and chunks[0][0] <= sequence:
+            _, _, owner = chunks.popleft()
+            if owner is not None:
+                self._pool.release(owner)
+        self.start = sequence
+
+    def views(self, sequence: int, count: int) -> list[memoryview]:
+        """The `count` bytes from `sequence` on, as the pieces they lie in."""
+        last_end, last, _ = self._chunks[-1]
+        if sequence >= last_end - len(last):  # new data: no walk over what is in flight
+            offset = sequence - (last_end - len(last))
+            return [last[offset : offset + count]] if offset or count < len(last) else [last]
+        found: list[memoryview] = []
+        for end, data, _ in self._chunks:
+            if end <= sequence:
+                continue
+            offset = sequence - (end - len(data))
+            piece = data[offset : offset + count]
+            found.append(piece)
+            sequence += len(piece)
+            count -= len(piece)
+            if not count:
+                break
+        return found
+
+    def clear(self) -> None:
+        """Give everything back."""
+        self.acknowledge(self.end)

@@ -1,0 +1,33 @@
+"""Limits and times of the stack, in bytes and seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StackSettings:
+    """Every default is what a desktop kernel would do, except where a comment says why not."""
+
+    mtu: int = 1500
+    receive_buffer: int = 1 << 20  # what a connection may hold for an outbound that is slower than its client
+    send_buffer: int = 4 << 20  # unacknowledged bytes towards one client
+    max_connections: int = 65536
+    max_half_open: int = 4096
+    max_time_wait: int = 16384
+
+    initial_rto: float = 1.0  # RFC 6298 (2.1)
+    min_rto: float = 0.2  # RFC 6298 (2.4) says 1 s; clients are a LAN away, so the kernel's 0.2 s serves them better
+    max_rto: float = 60.0
+    syn_retries: int = 5
+    data_retries: int = 10
+    delayed_ack: float = 0.04
+    time_wait: float = 60.0
+    fin_wait_2: float = 60.0
+    tcp_idle: float = 7440.0
+    keepalive_idle: float = 600.0  # RFC 9293 3.8.4 wants two hours by default; a gateway holds state for strangers
+    keepalive_interval: float = 75.0
+    keepalive_probes: int = 6
+
+    icmp_rate: float = 100.0  # errors a second (RFC 4443 section 2.4 (f))
+    icmp_burst: int = 50

@@ -1,0 +1,373 @@
+"""Demultiplexing: packets to connections, datagrams and ICMP, and what to answer when there is nobody."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from ztun.stack.buffers import BufferPool
+from ztun.stack.connection import Connection
+from ztun.stack.header import reset_for
+from ztun.stack.settings import StackSettings
+from ztun.stack.timers import TimerQueue
+from ztun.stack.timewait import TimeWaitTable
+from ztun.stack.tokenbucket import TokenBucket
+from ztun.wire import checksum, icmp, ip, tcp, udp, vnet
+from ztun.wire.sequence import MASK
+
+# virtio_net_hdr flags, then an IPv4 header without options and a TCP header.
+_FAST4 = struct.Struct("!B9xBxHHHBBH12sIIHHHH")
+# virtio_net_hdr flags, then an IPv6 header without extensions and a TCP header.
+_FAST6 = struct.Struct("!B9xIHBB36sIIHHHH")
+_TCP = struct.Struct("!HHIIHHHH")
+_IP = vnet.LENGTH  # where the IP header starts
+
+Packet = tuple[bytes | memoryview, ...]
+
+
+class Datagram(NamedTuple):
+    """A UDP datagram from a client. Addresses are packed; payload and packet (from the IP header on) are views that
+    must be copied to be kept."""
+
+    source: bytes
+    source_port: int
+    destination: bytes
+    destination_port: int
+    payload: memoryview
+    packet: memoryview
+
+
+class Listener(Protocol):
+    """Who the stack tells of what is new."""
+
+    def tcp_incoming(self, conn: Connection, now: float) -> None:
+        """A SYN for a new connection: dial, then `accept` or `refuse` it."""
+        ...
+
+    def udp_received(self, datagram: Datagram, now: float) -> None: ...
+
+    def echo_requested(self, destination: bytes, now: float) -> bool:
+        """True when the stack shall answer a ping to this address in its owner's place."""
+        ...
+
+
+class Stack:
+    """outbox: packets to send, virtio_net_hdr first, each a tuple of pieces; whoever sends them clears it.
+
+    isn(key, now): an initial sequence number (RFC 6528). key: the flow's addresses and ports as bytes.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        settings: StackSettings,
+        isn: Callable[[bytes, float], int],
+        pool: BufferPool | None = None,
+    ) -> None:
+        self.listener = listener
+        self.settings = settings
+        self.isn = isn
+        self.pool = pool or BufferPool()
+        self.timers = TimerQueue()
+        self.outbox: list[Packet] = []
+        self.ack_later: list[Connection] = []
+        self.connections: dict[bytes, Connection] = {}
+        self.half_open = 0
+        self.opened = 0
+        self.drops: dict[str, int] = {}
+        self.received: dict[str, int] = {"tcp": 0, "udp": 0, "icmp": 0}
+        self._time_wait = TimeWaitTable(settings.time_wait, settings.max_time_wait)
+        self._icmp_tokens = TokenBucket(settings.icmp_rate, settings.icmp_burst)
+        self._identification = isn(b"identification", 0.0)
+
+    def drop(self, reason: str) -> None:
+        """Count a packet that is not processed further."""
+        self.drops[reason] = self.drops.get(reason, 0) + 1
+
+    # Packets in.
+
+    def receive(self, packet: memoryview, now: float) -> bool:
+        """Take one packet, virtio_net_hdr first. Returns True when its buffer is still in use afterwards."""
+        try:
+            if packet[_IP] == 0x45 and packet[_IP + 9] == ip.TCP:
+                return self._receive_tcp4(packet, now)
+            if packet[_IP] >> 4 == 6 and packet[_IP + 6] == ip.TCP:
+                return self._receive_tcp6(packet, now)
+            self._receive_other(packet, now)
+        except ip.MalformedError as malformed:
+            self.drop(str(malformed))
+        except (IndexError, struct.error):
+            self.drop("ip-truncated")
+        return False
+
+    def _receive_tcp4(self, packet: memoryview, now: float) -> bool:
+        flags, _, total, _, frag, _, _, _, key, seq, ack, bits, window, _, _ = _FAST4.unpack_from(packet)
+        end = _IP + total
+        if frag & 0x3FFF:
+            raise ip.MalformedError("ip-fragment")
+        if end > len(packet) or total < 40:
+            raise ip.MalformedError("ip-length")
+        if not flags & vnet.CHECKED:
+            if not checksum.is_valid(packet[_IP : _IP + 20]):
+                raise ip.MalformedError("ip-checksum")
+            _verify(key[:8], ip.TCP, packet[_IP + 20 : end], "tcp-checksum")
+        return self._segment(key, seq, ack, bits, window, packet, _IP + 20, end, now)
+
+    def _receive_tcp6(self, packet: memoryview, now: float) -> bool:
+        flags, _, length, _, _, key, seq, ack, bits, window, _, _ = _FAST6.unpack_from(packet)
+        end = _IP + 40 + length
+        if end > len(packet) or length < 20:
+            raise ip.MalformedError("ip-length")
+        if not flags & vnet.CHECKED:
+            _verify(key[:32], ip.TCP, packet[_IP + 40 : end], "tcp-checksum")
+        return self._segment(key, seq, ack, bits, window, packet, _IP + 40, end, now)
+
+    def _segment(
+        self,
+        key: bytes,
+        seq: int,
+        ack: int,
+        bits: int,
+        window: int,
+        packet: memoryview,
+        start: int,
+        end: int,
+        now: float,
+    ) -> bool:
+        self.received["tcp"] += 1
+        conn = self.connections.get(key)
+        if conn is not None:
+            return conn.receive(seq, ack, bits, window, packet, start, end, now)
+        self._segment_without_connection(key, seq, ack, bits, window, packet, start, end, now)
+        return False
+
+    def _receive_other(self, packet: memoryview, now: float) -> None:
+        head = ip.parse(packet, _IP)
+        if head.fragment is not None:
+            raise ip.MalformedError("ip-fragment")
+        if not ip.is_unicast(head.source):
+            raise ip.MalformedError("ip-source")
+        checked = bool(packet[0] & vnet.CHECKED)
+        if head.protocol == ip.UDP:
+            self._receive_udp(packet, head, checked, now)
+        elif head.protocol == ip.TCP:
+            self._receive_tcp_behind_options(packet, head, checked, now)
+        elif head.protocol == (ip.ICMPV6 if head.version == 6 else ip.ICMP):
+            self._receive_icmp(packet, head, checked, now)
+        else:
+            self.drop("ip-protocol")
+
+    def _receive_tcp_behind_options(self, packet: memoryview, head: ip.IpHeader, checked: bool, now: float) -> None:
+        if head.end - head.payload < 20:
+            raise ip.MalformedError("tcp-length")
+        if not checked:
+            _verify(head.source + head.destination, ip.TCP, packet[head.payload : head.end], "tcp-checksum")
+        sport, dport, seq, ack, bits, window, _, _ = _TCP.unpack_from(packet, head.payload)
+        key = head.source + head.destination + struct.pack("!HH", sport, dport)
+        # The slow path gives the stack a copy, so that nobody needs to keep this buffer.
+        copy = memoryview(bytes(packet))
+        self._segment(key, seq, ack, bits, window, copy, head.payload, head.end, now)
+
+    # TCP without a connection.
+
+    def _segment_without_connection(
+        self,
+        key: bytes,
+        seq: int,
+        ack: int,
+        bits: int,
+        window: int,
+        packet: memoryview,
+        start: int,
+        end: int,
+        now: float,
+    ) -> None:
+        payload = start + (bits >> 10 & 0x3C)
+        if payload > end or payload < start + 20:
+            self.drop("tcp-length")
+            return
+        half = (len(key) - 4) // 2
+        if not ip.is_unicast(key[:half]) or not ip.is_unicast(key[half : 2 * half]):
+            self.drop("ip-source")
+            return
+        options = tcp.parse_options(packet[start + 20 : payload])
+        waiting = self._time_wait.get(key, now)
+        if waiting is not None and not waiting.may_reopen(seq, bits, options):
+            self._answer_from_time_wait(key, bits, now)
+        elif bits & (tcp.SYN | tcp.ACK | tcp.RST | tcp.FIN) == tcp.SYN:
+            self._time_wait.remove(key)
+            self._open(key, packet, seq, options, window, now)
+        elif bits & tcp.RST:
+            self.drop("tcp-reset-closed")
+        else:
+            self._reset_closed(key, seq, ack, bits, end - payload)
+
+    def _answer_from_time_wait(self, key: bytes, bits: int, now: float) -> None:
+        """The last ACK was lost, or an old segment came late (RFC 9293 section 3.10.7.4, RFC 1337 for RST)."""
+        self.drop("tcp-time-wait")
+        if not bits & tcp.RST:
+            self.outbox.append((self._time_wait.acknowledgment(key, now),))
+
+    def _open(self, key: bytes, packet: memoryview, seq: int, options: tcp.Options, window: int, now: float) -> None:
+        if len(self.connections) >= self.settings.max_connections or self.half_open >= self.settings.max_half_open:
+            self.drop("tcp-limit")
+            self._reset_closed(key, seq, 0, tcp.SYN, 0)
+            return
+        conn = Connection(self, key, bytes(packet[_IP:]), seq, options, window, now)
+        self.connections[key] = conn
+        self.half_open += 1
+        self.opened += 1
+        self.listener.tcp_incoming(conn, now)
+
+    def _reset_closed(self, key: bytes, seq: int, ack: int, bits: int, length: int) -> None:
+        """RFC 9293 section 3.10.7.1: the RST has the sequence number that its receiver will believe."""
+        self.drop("tcp-closed")
+        back = _reverse(key)
+        if bits & tcp.ACK:
+            self.outbox.append((reset_for(back, ack, None),))
+            return
+        counted = length + (1 if bits & tcp.SYN else 0) + (1 if bits & tcp.FIN else 0)
+        self.outbox.append((reset_for(back, 0, (seq + counted) & MASK),))
+
+    def established(self) -> None:
+        """A connection left the half-open ones."""
+        self.half_open -= 1
+
+    def keep_in_time_wait(self, conn: Connection, now: float) -> None:
+        stamps = (conn.stamp_offset, conn.stamp_recent) if conn.timestamps else None
+        self._time_wait.add(conn.key, conn.tx.nxt, conn.rx.nxt, stamps, now)
+
+    def forget(self, conn: Connection, half_open: bool) -> None:
+        """The connection is closed."""
+        self.connections.pop(conn.key, None)
+        if half_open:
+            self.half_open -= 1
+
+    # UDP.
+
+    def _receive_udp(self, packet: memoryview, head: ip.IpHeader, checked: bool, now: float) -> None:
+        source, destination, end, check = udp.parse(packet, head.payload, head.end)
+        if not checked and check == 0 and head.version == 6:
+            raise ip.MalformedError("udp-checksum")  # RFC 8200 section 8.1
+        if not checked and check:
+            _verify(head.source + head.destination, ip.UDP, packet[head.payload : end], "udp-checksum")
+        self.received["udp"] += 1
+        payload = packet[head.payload + udp.LENGTH : end]
+        self.listener.udp_received(
+            Datagram(head.source, source, head.destination, destination, payload, packet[_IP : head.end]), now
+        )
+
+    def send_udp(
+        self, source: bytes, source_port: int, destination: bytes, destination_port: int, payload: bytes | memoryview
+    ) -> None:
+        """Send a datagram to a client, in fragments when it is larger than the MTU."""
+        length = udp.LENGTH + len(payload)
+        overhead = 40 if len(source) == 16 else 20
+        pseudo = checksum.pseudo_sum(source + destination, ip.UDP, length)
+        if overhead + length > self.settings.mtu:
+            self._send_udp_fragments(source, source_port, destination, destination_port, payload, pseudo)
+            return
+        front = vnet.pack(vnet.NEEDS_CSUM, csum_start=overhead, csum_offset=udp.CHECKSUM_OFFSET)
+        head = ip.header(source, destination, ip.UDP, length)
+        self.outbox.append((front + head + udp.header(source_port, destination_port, len(payload), pseudo), payload))
+
+    def _send_udp_fragments(
+        self, source: bytes, source_port: int, destination: bytes, destination_port: int,
+        payload: bytes | memoryview, pseudo: int,
+    ) -> None:  # fmt: skip
+        bare = udp.header(source_port, destination_port, len(payload), 0) + bytes(payload)
+        check = checksum.finish(checksum.ones_sum(bare, pseudo)) or 0xFFFF
+        whole = memoryview(udp.header(source_port, destination_port, len(payload), check) + bytes(payload))
+        self._identification += 1
+        pieces = ip.fragments(source, destination, ip.UDP, whole, self.settings.mtu, self._identification)
+        for head, piece in pieces:
+            self.outbox.append((vnet.EMPTY + head, piece))
+
+    # ICMP.
+
+    def _receive_icmp(self, packet: memoryview, head: ip.IpHeader, checked: bool, now: float) -> None:
+        message = packet[head.payload : head.end]
+        if len(message) < 8:
+            raise ip.MalformedError("icmp-truncated")
+        start = checksum.pseudo_sum(head.source + head.destination, ip.ICMPV6, len(message)) if head.version == 6 else 0
+        if not checked and not checksum.is_valid(message, start):
+            raise ip.MalformedError("icmp-checksum")
+        self.received["icmp"] += 1
+        kind = message[0]
+        if kind == (icmp.ECHO_REQUEST6 if head.version == 6 else icmp.ECHO_REQUEST):
+            self._receive_echo(packet, head, message, now)
+        elif icmp.is_error(head.version, kind):
+            self._receive_error(head.version, message, now)
+        else:
+            self.drop("icmp-type")
+
+    def _receive_echo(self, packet: memoryview, head: ip.IpHeader, message: memoryview, now: float) -> None:
+        if not ip.is_unicast(head.destination):
+            self.drop("icmp-destination")
+        elif self.listener.echo_requested(head.destination, now):
+            reply = icmp.echo_reply(head, message)
+            if len(reply) > self.settings.mtu:
+                self.drop("icmp-too-big")
+            else:
+                self.outbox.append((vnet.EMPTY + reply,))
+        else:
+            self.send_unreachable(packet[_IP : head.end], icmp.Reason.PROHIBITED, now)
+
+    def _receive_error(self, version: int, message: memoryview, now: float) -> None:
+        """Only Packet Too Big about a connection of ours is acted upon; it must quote a segment that is in flight."""
+        too_big = message[0] == icmp.TOO_BIG6 if version == 6 else (
+            message[0] == icmp.UNREACHABLE and message[1] == icmp.FRAGMENTATION_NEEDED
+        )  # fmt: skip
+        if not too_big:
+            self.drop("icmp-error")
+            return
+        mtu = int.from_bytes(message[4:8] if version == 6 else message[6:8], "big")
+        quoted = message[8:]
+        size = 40 if version == 6 else (quoted[0] & 15) * 4
+        protocol = quoted[6] if version == 6 else quoted[9]
+        ports = quoted[size : size + 4]
+        addresses = quoted[8:40] if version == 6 else quoted[12:20]
+        conn = self.connections.get(_reverse(bytes(addresses) + bytes(ports)))
+        if protocol != ip.TCP or conn is None or len(quoted) < size + 8:
+            self.drop("icmp-error")
+            return
+        seq = int.from_bytes(quoted[size + 4 : size + 8], "big")
+        conn.packet_too_big(mtu, seq, now)
+
+    def send_unreachable(self, invoking: bytes | memoryview, reason: icmp.Reason, now: float) -> None:
+        """Answer a packet (from its IP header on) with Destination Unreachable, within the rate limit."""
+        version6 = invoking[0] >> 4 == 6
+        source = bytes(invoking[8:24] if version6 else invoking[12:16])
+        destination = bytes(invoking[24:40] if version6 else invoking[16:20])
+        if not ip.is_unicast(destination) or not ip.is_unicast(source):
+            self.drop("icmp-destination")
+        elif not self._icmp_tokens.take(now):
+            self.drop("icmp-rate")
+        else:
+            self.outbox.append((vnet.EMPTY + icmp.unreachable(destination, source, reason, invoking),))
+
+    # Time.
+
+    def flush(self, now: float) -> None:
+        """The end of a batch of packets: send the ACKs that nothing else has carried."""
+        later, self.ack_later = self.ack_later, []
+        for conn in later:
+            conn.flush_ack(now)
+
+    def get_timer(self) -> float | None:
+        """When `handle_timer` wants to be called, or None."""
+        return self.timers.next()
+
+    def handle_timer(self, now: float) -> None:
+        self.timers.run(now)
+
+
+def _verify(addresses: bytes, protocol: int, data: memoryview, reason: str) -> None:
+    if not checksum.is_valid(data, checksum.pseudo_sum(addresses, protocol, len(data))):
+        raise ip.MalformedError(reason)
+
+
+def _reverse(key: bytes) -> bytes:
+    half = (len(key) - 4) // 2
+    return key[half : 2 * half] + key[:half] + key[-2:] + key[-4:-2]

@@ -1,0 +1,31 @@
+"""States of a connection (RFC 9293 section 3.3.2) and how it can end."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class State(Enum):
+    """ztun only opens passively. DIALING is its own: the SYN is here, the outbound has not answered yet."""
+
+    DIALING = "dialing"
+    SYN_RECEIVED = "syn-received"
+    ESTABLISHED = "established"
+    FIN_WAIT_1 = "fin-wait-1"
+    FIN_WAIT_2 = "fin-wait-2"
+    CLOSE_WAIT = "close-wait"
+    CLOSING = "closing"
+    LAST_ACK = "last-ack"
+    TIME_WAIT = "time-wait"
+    CLOSED = "closed"
+
+
+class Closed(Enum):
+    """How a connection ended."""
+
+    FINISHED = "finished"  # FIN both ways, all data acknowledged
+    RESET_BY_CLIENT = "reset by client"
+    ABORTED = "aborted"  # by us: the outbound reset it, or the gateway stops
+    TIMED_OUT = "timed out"  # retransmissions, keep-alive or idle time
+    REFUSED = "refused"  # never established
+    UNREACHABLE = "unreachable"

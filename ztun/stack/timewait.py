@@ -1,0 +1,72 @@
+"""TIME-WAIT (RFC 9293 section 3.4.2) in a table of its own: a few integers for a connection that is over."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+from ztun.stack.header import FlowHeader
+from ztun.wire import tcp
+from ztun.wire.sequence import MASK
+
+
+class Waiting(NamedTuple):
+    """nxt: our next sequence number; expected: the client's; stamps: (offset of our TSval, the client's last TSval)."""
+
+    nxt: int
+    expected: int
+    stamps: tuple[int, int] | None
+    until: float
+
+    def may_reopen(self, seq: int, bits: int, options: tcp.Options) -> bool:
+        """A SYN that is clearly newer than the old connection (RFC 9293 section 3.10.7.4, RFC 6191)."""
+        if bits & (tcp.SYN | tcp.ACK | tcp.RST) != tcp.SYN:
+            return False
+        if self.stamps is not None and options.timestamps is not None:
+            ahead = (options.timestamps[0] - self.stamps[1]) & MASK
+            if ahead:
+                return ahead < 0x80000000
+        return 0 < (seq - self.expected) & MASK < 0x80000000
+
+
+class TimeWaitTable:
+    """At most `limit` entries; the oldest gives way. All wait equally long, so insertion order is expiry order."""
+
+    __slots__ = ("_entries", "_limit", "_time")
+
+    def __init__(self, time: float, limit: int) -> None:
+        self._time = time
+        self._limit = limit
+        self._entries: OrderedDict[bytes, Waiting] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, key: bytes, nxt: int, expected: int, stamps: tuple[int, int] | None, now: float) -> None:
+        self._expire(now)
+        if len(self._entries) >= self._limit:
+            self._entries.popitem(last=False)
+        self._entries[key] = Waiting(nxt, expected, stamps, now + self._time)
+
+    def get(self, key: bytes, now: float) -> Waiting | None:
+        self._expire(now)
+        return self._entries.get(key)
+
+    def remove(self, key: bytes) -> None:
+        self._entries.pop(key, None)
+
+    def acknowledgment(self, key: bytes, now: float) -> bytes:
+        """The ACK that answers a segment of the old connection."""
+        entry = self._entries[key]
+        half = (len(key) - 4) // 2
+        back = key[half : 2 * half] + key[:half] + key[-2:] + key[-4:-2]
+        options = b""
+        if entry.stamps is not None:
+            stamp = (int(now * 1000) + entry.stamps[0]) & MASK
+            options = tcp.TIMESTAMPS.pack(tcp.TIMESTAMP_LEAD, stamp, entry.stamps[1])
+        return FlowHeader(back).pack(entry.nxt, entry.expected, tcp.ACK, 0xFFFF, options, 0)
+
+    def _expire(self, now: float) -> None:
+        entries = self._entries
+        while entries and next(iter(entries.values())).until <= now:
+            entries.popitem(last=False)

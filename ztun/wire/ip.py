@@ -1,0 +1,152 @@
+"""IPv4 (RFC 791) and IPv6 (RFC 8200) headers.
+
+Packets are memoryviews; every offset counts from the start of the view, whatever stands in front of the IP header.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ztun.wire import checksum
+
+ICMP = 1
+TCP = 6
+UDP = 17
+ICMPV6 = 58
+
+MINIMUM_MTU6 = 1280
+DEFAULT_TTL = 64
+
+_V4 = struct.Struct("!BBHHHBBH4s4s")
+_V6 = struct.Struct("!IHBB16s16s")
+_FRAGMENT6 = struct.Struct("!BBHI")
+_DONT_FRAGMENT = 0x4000
+_MORE = 0x2000
+
+# Extension headers that can stand before the transport header (RFC 8200 section 4.1, RFC 7045).
+_HOP_BY_HOP, _ROUTING, _FRAGMENT, _AUTHENTICATION, _NO_NEXT, _OPTIONS = 0, 43, 44, 51, 59, 60
+_MAX_EXTENSIONS = 8
+
+
+class MalformedError(Exception):
+    """A packet breaks its format. The message is the name of the drop reason."""
+
+
+class Fragment(NamedTuple):
+    """offset: of this piece in the payload, in bytes; more: another one follows; identification: of the datagram."""
+
+    identification: int
+    offset: int
+    more: bool
+
+
+class IpHeader(NamedTuple):
+    """What the layers above need. payload and end are offsets into the packet; fragment is None for a whole packet."""
+
+    version: int
+    source: bytes
+    destination: bytes
+    protocol: int
+    payload: int
+    end: int
+    hop_limit: int
+    fragment: Fragment | None
+
+
+def parse(packet: memoryview, start: int) -> IpHeader:
+    """Parse the IP header at `start`. Raises MalformedError."""
+    if len(packet) <= start:
+        raise MalformedError("ip-truncated")
+    version = packet[start] >> 4
+    if version == 4:
+        return _parse4(packet, start)
+    if version == 6:
+        return _parse6(packet, start)
+    raise MalformedError("ip-version")
+
+
+def _parse4(packet: memoryview, start: int) -> IpHeader:
+    if len(packet) < start + 20:
+        raise MalformedError("ip-truncated")
+    first, _, total, ident, frag, ttl, protocol, _, source, destination = _V4.unpack_from(packet, start)
+    header = (first & 15) * 4
+    if header < 20 or total < header or start + total > len(packet):
+        raise MalformedError("ip-length")
+    if not checksum.is_valid(packet[start : start + header]):
+        raise MalformedError("ip-checksum")
+    fragment = Fragment(ident, (frag & 0x1FFF) * 8, bool(frag & _MORE)) if frag & 0x3FFF else None
+    return IpHeader(4, source, destination, protocol, start + header, start + total, ttl, fragment)
+
+
+def _parse6(packet: memoryview, start: int) -> IpHeader:
+    if len(packet) < start + 40:
+        raise MalformedError("ip-truncated")
+    _, length, following, hops, source, destination = _V6.unpack_from(packet, start)
+    end = start + 40 + length
+    if end > len(packet):
+        raise MalformedError("ip-length")
+    offset, protocol, fragment = _skip_extensions(packet, start + 40, end, following)
+    return IpHeader(6, source, destination, protocol, offset, end, hops, fragment)
+
+
+def _skip_extensions(packet: memoryview, offset: int, end: int, following: int) -> tuple[int, int, Fragment | None]:
+    fragment = None
+    for _ in range(_MAX_EXTENSIONS):
+        if following not in (_HOP_BY_HOP, _ROUTING, _OPTIONS, _FRAGMENT, _AUTHENTICATION):
+            return offset, following, fragment
+        if offset + 8 > end:
+            raise MalformedError("ip-extension")
+        if following == _FRAGMENT:
+            following, _, frag, ident = _FRAGMENT6.unpack_from(packet, offset)
+            offset += 8
+            if frag & 0xFFF9:  # an atomic fragment (RFC 6946) is a whole packet
+                fragment = Fragment(ident, frag & 0xFFF8, bool(frag & 1))
+                if fragment.offset:
+                    return offset, following, fragment
+            continue
+        units = packet[offset + 1]
+        size = (units + 2) * 4 if following == _AUTHENTICATION else (units + 1) * 8
+        following = packet[offset]
+        offset += size
+        if offset > end:
+            raise MalformedError("ip-extension")
+    raise MalformedError("ip-extension")
+
+
+def header(source: bytes, destination: bytes, protocol: int, length: int, ttl: int = DEFAULT_TTL) -> bytes:
+    """An IPv4 (DF set, ID 0: RFC 6864) or IPv6 header, by the size of the addresses, for `length` bytes of payload."""
+    if len(source) == 16:
+        return _V6.pack(0x60000000, length, protocol, ttl, source, destination)
+    return _header4(source, destination, protocol, length, ttl, 0, _DONT_FRAGMENT)
+
+
+def _header4(source: bytes, destination: bytes, protocol: int, length: int, ttl: int, ident: int, frag: int) -> bytes:
+    raw = _V4.pack(0x45, 0, 20 + length, ident, frag, ttl, protocol, 0, source, destination)
+    return raw[:10] + checksum.finish(checksum.ones_sum(raw)).to_bytes(2, "big") + raw[12:]
+
+
+def fragments(
+    source: bytes, destination: bytes, protocol: int, payload: memoryview, mtu: int, identification: int
+) -> Iterator[tuple[bytes, memoryview]]:
+    """Cut a transport payload, its checksum complete, into fragments of at most `mtu` bytes: (header, piece)."""
+    overhead = 20 if len(source) == 4 else 48
+    step = (mtu - overhead) // 8 * 8
+    for offset in range(0, len(payload), step):
+        piece = payload[offset : offset + step]
+        more = offset + step < len(payload)
+        if len(source) == 4:
+            frag = offset // 8 | (_MORE if more else 0)
+            head = _header4(source, destination, protocol, len(piece), DEFAULT_TTL, identification & 0xFFFF, frag)
+        else:
+            head = _V6.pack(0x60000000, len(piece) + 8, _FRAGMENT, DEFAULT_TTL, source, destination)
+            head += _FRAGMENT6.pack(protocol, 0, offset | more, identification & 0xFFFFFFFF)
+        yield head, piece
+
+
+def is_unicast(address: bytes) -> bool:
+    """False for multicast, broadcast and unspecified addresses, which are never answered (RFC 1122 3.2.1.3)."""
+    if len(address) == 4:
+        return address[0] != 0 and address[0] < 224
+    return address[0] != 0xFF and any(address)

@@ -1,0 +1,79 @@
+"""TCP header and options (RFC 9293 section 3.1, RFC 7323, RFC 2018)."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+FIN, SYN, RST, PSH, ACK, URG, ECE, CWR = 1, 2, 4, 8, 16, 32, 64, 128
+
+_END, _NOP, _MSS, _WINDOW_SCALE, _SACK_PERMITTED, _SACK, _TIMESTAMPS = 0, 1, 2, 3, 4, 5, 8
+_PAIR = struct.Struct("!II")
+
+MAX_WINDOW_SCALE = 14  # RFC 7323 section 2.3
+
+# Layout that nearly every segment with timestamps has: NOP NOP TS (RFC 7323 appendix A).
+TIMESTAMP_LEAD = 0x0101080A
+TIMESTAMPS = struct.Struct("!III")
+
+
+class Options(NamedTuple):
+    """mss in bytes; window_scale as a shift; timestamps as (TSval, TSecr); sack as (left, right) wire numbers."""
+
+    mss: int | None = None
+    window_scale: int | None = None
+    sack_permitted: bool = False
+    timestamps: tuple[int, int] | None = None
+    sack: tuple[tuple[int, int], ...] = ()
+
+
+NO_OPTIONS = Options()
+
+
+def parse_options(data: memoryview) -> Options:
+    """Parse the option bytes. A broken option ends the list, as the kernel does; unknown ones are skipped."""
+    mss = scale = stamps = None
+    permitted = False
+    sack: tuple[tuple[int, int], ...] = ()
+    position, end = 0, len(data)
+    while position < end:
+        kind = data[position]
+        if kind == _NOP:
+            position += 1
+            continue
+        if kind == _END or position + 1 >= end:
+            break
+        length = data[position + 1]
+        if length < 2 or position + length > end:
+            break
+        body = data[position + 2 : position + length]
+        if kind == _MSS and length == 4:
+            mss = int.from_bytes(body, "big")
+        elif kind == _WINDOW_SCALE and length == 3:
+            scale = min(body[0], MAX_WINDOW_SCALE)
+        elif kind == _SACK_PERMITTED and length == 2:
+            permitted = True
+        elif kind == _SACK and length > 2 and (length - 2) % 8 == 0:
+            sack = tuple(_PAIR.iter_unpack(body))
+        elif kind == _TIMESTAMPS and length == 10:
+            stamps = _PAIR.unpack(body)
+        position += length
+    return Options(mss, scale, permitted, stamps, sack)
+
+
+def pack_options(options: Options) -> bytes:
+    """Option bytes padded with NOPs to a multiple of four."""
+    out = b""
+    if options.mss is not None:
+        out += struct.pack("!BBH", _MSS, 4, options.mss)
+    if options.sack_permitted:
+        out += bytes((_SACK_PERMITTED, 2)) if options.timestamps else bytes((_NOP, _NOP, _SACK_PERMITTED, 2))
+    if options.timestamps is not None:
+        lead = b"" if options.sack_permitted else bytes((_NOP, _NOP))
+        out += lead + bytes((_TIMESTAMPS, 10)) + _PAIR.pack(*options.timestamps)
+    if options.window_scale is not None:
+        out += bytes((_NOP, _WINDOW_SCALE, 3, options.window_scale))
+    if options.sack:
+        out += bytes((_NOP, _NOP, _SACK, 2 + 8 * len(options.sack)))
+        out += b"".join(_PAIR.pack(left, right) for left, right in options.sack)
+    return out
