@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return fail("interrupted", 1)
+    except SystemExit as error:  # rich ends so when the reader of its output goes away
+        return error.code if isinstance(error.code, int) else 0
     except BaseException as error:
         if _is_debug(arguments):
             import traceback
@@ -48,8 +50,6 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return str(error), 2
     if isinstance(error, ZtunError):
         return str(error), 1
-    if isinstance(error, SystemExit):
-        return (str(error.code), 1) if error.code else ("stopped", 0)
     # typer carries click's exceptions under a name that differs between its versions; this method tells them.
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         return _explain_usage(error), 2

@@ -1,0 +1,210 @@
+"""The commands as a person types them: what they print, where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ztun import __version__
+from ztun.control import DEFAULT_SOCKET
+
+STATUS: dict[str, Any] = {
+    "state": "running",
+    "uptime_s": 3821.5,
+    "tcp": {"active": 3, "total": 90},
+    "udp": {"active": 1, "total": 4},
+    "icmp": {"echo": 2},
+    "dns": {"queries": 12},
+    "pool": {"size": 8192, "used": 5},
+    "outbounds": {"office": {"type": "socks5", "active": 3}},
+    "drops": {"bad checksum": 7, "too short": 0},
+}
+ROUTES: dict[str, Any] = {
+    "backend": "tcx",
+    "routes": [{"dst": "198.18.0.0/15", "dev": "ztun0", "table": "main"}],
+    "ip_rules": [],
+    "programs": [{"name": "classify_lan", "hook": "tcx/ingress", "ifname": "eth1", "id": 42}],
+    "maps": [
+        {
+            "name": "prefixes4",
+            "type": "lpm_trie",
+            "entries": [
+                {"prefix": "10.0.0.0/24", "verdict": "direct", "rule": -2, "hits": 3},
+                {"prefix": "192.0.2.0/24", "verdict": "tunnel", "rule": 0, "hits": 1234},
+            ],
+        }
+    ],
+    "counters": {"direct": {"packets": 3, "bytes": 300}, "tunnel": {"packets": 1234, "bytes": 3_000_000}},
+}
+# Stands in for `ztun up`: the real control server with answers that are known.
+INSTANCE = """
+import asyncio, json, sys
+from ztun.control.server import ControlServer
+
+async def run():
+    status, routes = json.loads(sys.argv[2])
+    stop = asyncio.Event()
+    server = ControlServer(sys.argv[1], status=lambda: status, routes=lambda: routes, stop=stop.set)
+    await server.start()
+    print("ready", flush=True)
+    await stop.wait()
+    await server.close()
+
+asyncio.run(run())
+"""
+MAIN = "import sys; from ztun.cli import main; sys.exit(main())"
+
+
+def ztun(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ZTUN_")}
+    return subprocess.run(
+        [sys.executable, "-c", MAIN, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env=kept | {"COLUMNS": "80"} | environment,
+        check=False,
+    )
+
+
+def assert_fails(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """One line on stderr that starts with the program's name and holds `words`, nothing on stdout."""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("ztun: ")
+    for word in words:
+        assert word in lines[0]
+    assert done.stdout == ""
+    assert done.returncode == code
+
+
+@pytest.fixture
+def socket_path(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "control.sock"
+    with subprocess.Popen(
+        [sys.executable, "-c", INSTANCE, str(path), json.dumps([STATUS, ROUTES])], stdout=subprocess.PIPE, text=True
+    ) as instance:
+        assert instance.stdout is not None
+        assert instance.stdout.readline() == "ready\n"
+        # Reaps it as a service manager would.
+        threading.Thread(target=instance.wait, daemon=True).start()
+        yield path
+        instance.kill()
+
+
+def test_version() -> None:
+    done = ztun("--version")
+    assert (done.stdout, done.returncode) == (f"ztun {__version__}\n", 0)
+
+
+def test_help_names_every_command() -> None:
+    done = ztun("--help")
+    assert done.returncode == 0
+    for command in ("up", "down", "status", "routes", "check", "demo"):
+        assert f"  {command} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["Missing command"]),
+        (["stauts"], ["No such command 'stauts'"]),
+        (["status", "--jsno"], ["No such option: --jsno", "`ztun status --help`"]),
+        (["check"], ["Missing argument 'FILE'"]),
+        (["up", "--log-level", "loud"], ["--log-level", "loud"]),
+        (["status", "extra"], ["unexpected extra argument"]),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str], words: list[str]) -> None:
+    assert_fails(ztun(*arguments), 2, *words)
+
+
+@pytest.mark.parametrize("command", ["status", "routes", "down"])
+def test_not_running_says_so_and_what_to_do(tmp_path: Path, command: str) -> None:
+    done = ztun(command, "--json", "--socket", tmp_path / "nobody.sock")
+    assert_fails(done, 1, f"not running (no control socket at {tmp_path}/nobody.sock); start it with `ztun up`")
+
+
+def test_where_the_socket_is_by_default(tmp_path: Path) -> None:
+    from ztun.config import Settings
+
+    assert str(Settings().control.socket) == DEFAULT_SOCKET
+
+
+def test_the_instance_is_found_by_its_configuration(tmp_path: Path, socket_path: Path) -> None:
+    file = tmp_path / "ztun.json"
+    file.write_text(json.dumps({"control": {"socket": str(socket_path)}}))
+    done = ztun("status", "--json", "--config", file)
+    assert json.loads(done.stdout) == STATUS
+    assert ztun("status", "--json", ZTUN_CONTROL__SOCKET=str(socket_path)).returncode == 0
+
+
+def test_json_is_the_answer_of_the_instance(socket_path: Path) -> None:
+    assert json.loads(ztun("status", "--json", "--socket", socket_path).stdout) == STATUS
+    assert json.loads(ztun("routes", "--json", "--socket", socket_path).stdout) == ROUTES
+
+
+def test_status_for_a_person(socket_path: Path) -> None:
+    done = ztun("status", "--socket", socket_path)
+    assert done.stdout.splitlines()[0] == "running for 1 h 3 min"
+    assert "tcp   active 3, total 90" in done.stdout
+    assert "office  socks5" in done.stdout
+    assert "bad checksum      7" in done.stdout
+    assert "too short" not in done.stdout, "what never happened is left out"
+
+
+def test_routes_for_a_person_fit_80_columns(socket_path: Path) -> None:
+    done = ztun("routes", "--socket", socket_path)
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    assert lines[0].startswith("backend tcx")
+    assert "  198.18.0.0/15 dev ztun0 table main" in lines
+    assert "  classify_lan  tcx/ingress  eth1    42" in lines
+    assert "  10.0.0.0/24   direct   built in     3" in lines
+    assert "  192.0.2.0/24  tunnel          0  1234" in lines
+    assert max(map(len, lines)) <= 80
+
+
+def test_down_returns_when_the_instance_is_gone(socket_path: Path) -> None:
+    done = ztun("down", "--json", "--socket", socket_path)
+    assert json.loads(done.stdout)["state"] == "stopped"
+    assert not socket_path.exists()
+
+
+def test_a_reader_that_goes_away_gets_no_traceback(socket_path: Path) -> None:
+    command = f"{sys.executable} -c '{MAIN}' routes --socket {socket_path} | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30, check=False)
+    assert done.stderr == ""
+
+
+def test_an_unexpected_error_is_one_line_unless_debugging(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import ztun.control.client as c\nc.find_socket = lambda *a: 1 / 0\n")
+    done = ztun("status", PYTHONPATH=str(tmp_path))
+    assert_fails(done, 1, "unexpected ZeroDivisionError: division by zero; run it with --log-level debug")
+    done = ztun("status", "--log-level", "debug", PYTHONPATH=str(tmp_path))
+    assert "Traceback" in done.stderr
+    assert done.returncode == 1
+
+
+def test_commands_start_fast(tmp_path: Path) -> None:
+    """Half a second is generous: it guards against importing all of the gateway for a question to it."""
+    began = time.monotonic()
+    ztun("status", "--socket", tmp_path / "nobody.sock")
+    assert time.monotonic() - began < 0.5
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", MAIN, "status", "--socket", "/nonexistent"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "ztun.control.client" in imported
+    assert imported.isdisjoint({"aiohttp", "pyroute2", "structlog", "asyncio", "bcc", "ztun.config"})
