@@ -1,0 +1,137 @@
+"""Datagrams through a SOCKS5 proxy: UDP ASSOCIATE (RFC 1928, sections 4, 6 and 7)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections import Counter
+from collections.abc import Callable
+
+from ztun.outbound.names import proxy_name
+from ztun.outbound.tcp import is_literal
+from ztun.outbound.udp import Address, UdpSocket
+from ztun.ports import Buffer, DatagramHandler, Destination, Failure, OutboundError
+
+_MAX_HEADERS = 4096  # destinations whose header is kept ready
+_IPV4, _NAME, _IPV6 = 1, 3, 4  # ATYP
+
+
+def encode_header(destination: Destination) -> bytes:
+    """RSV, FRAG = 0, ATYP, DST.ADDR and DST.PORT (RFC 1928, section 7). Raises OutboundError for what is no name."""
+    host = destination.host
+    if not is_literal(host):
+        name = proxy_name(host).encode("ascii")
+        address = bytes((_NAME, len(name))) + name
+    elif ":" in host:
+        address = bytes((_IPV6,)) + socket.inet_pton(socket.AF_INET6, host)
+    else:
+        address = bytes((_IPV4,)) + socket.inet_pton(socket.AF_INET, host)
+    return b"\0\0\0" + address + destination.port.to_bytes(2, "big")
+
+
+def decode_header(datagram: bytes) -> tuple[str, int, int]:
+    """The sender's host and port, and where the payload starts. Raises ValueError, with the reason in one word."""
+    if len(datagram) < 5:
+        raise ValueError("short")
+    if datagram[2]:
+        raise ValueError("fragment")  # reassembly is optional, and to drop is what the RFC asks for without it
+    kind = datagram[3]
+    start = 5 if kind == _NAME else 4
+    size = {_IPV4: 4, _IPV6: 16, _NAME: datagram[4]}.get(kind)
+    if size is None:
+        raise ValueError("address type")
+    end = start + size
+    if len(datagram) < end + 2:
+        raise ValueError("short")
+    return _host(kind, datagram[start:end]), int.from_bytes(datagram[end : end + 2], "big"), end + 2
+
+
+def _host(kind: int, address: bytes) -> str:
+    if kind == _IPV4:
+        return socket.inet_ntop(socket.AF_INET, address)
+    if kind == _IPV6:
+        return socket.inet_ntop(socket.AF_INET6, address)
+    try:
+        return address.decode("ascii").lower()
+    except UnicodeDecodeError:
+        raise ValueError("name") from None
+
+
+class AssociateLink:
+    """See `ztun.ports.DatagramLink`. The association lives as long as its control connection.
+
+    control: the TCP connection on which the proxy granted the association; relay: a UDP socket connected to the address
+    that it named. The link owns both. drops: reason -> datagrams of the relay that could not be used.
+    """
+
+    def __init__(
+        self,
+        control: socket.socket,
+        relay: socket.socket,
+        on_datagram: DatagramHandler,
+        on_failure: Callable[[OutboundError], None],
+    ) -> None:
+        self.closed = False
+        self.drops: Counter[str] = Counter()
+        self._loop = asyncio.get_running_loop()
+        self._control = control
+        self._on_datagram = on_datagram
+        self._on_failure = on_failure
+        self._headers: dict[Destination, bytes] = {}
+        self._relay = UdpSocket(relay, self._received, self._relay_failed)
+        self._loop.add_reader(control, self._control_readable)
+
+    @property
+    def lost(self) -> int:
+        """Datagrams that could not be sent."""
+        return self._relay.lost
+
+    def send(self, destination: Destination, payload: Buffer) -> None:
+        """See `ztun.ports.DatagramLink.send`. Names go to the proxy as they are."""
+        if self.closed:
+            return
+        header = self._headers.get(destination)
+        if header is None:
+            if len(self._headers) >= _MAX_HEADERS:
+                self._headers.clear()
+            header = self._headers[destination] = encode_header(destination)
+        try:
+            self._relay.send([header, payload], None)
+        except OSError as error:
+            self._relay_failed(error.errno or 0, None)
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove_reader(self._control)
+        self._control.close()
+        self._relay.close()
+
+    def _received(self, datagram: bytes, address: Address) -> None:
+        try:
+            host, port, start = decode_header(datagram)
+        except ValueError as error:
+            self.drops[str(error)] += 1
+            return
+        self._on_datagram(host, port, memoryview(datagram)[start:])
+
+    def _relay_failed(self, number: int, address: Address | None) -> None:
+        self._fail(f"its relay cannot be reached: {os.strerror(number)}")
+
+    def _control_readable(self) -> None:
+        try:
+            data = self._control.recv(4096)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._fail(f"the association broke: {error.strerror}")
+            return
+        if not data:  # anything else that it may say has no meaning here
+            self._fail("it ended the association")
+
+    def _fail(self, what: str) -> None:
+        if not self.closed:
+            self.close()
+            self._on_failure(OutboundError(Failure.PROXY_FAILED, what))

@@ -1,0 +1,23 @@
+"""The outbound that refuses everything."""
+
+from __future__ import annotations
+
+import socket
+
+from ztun.outbound.base import BaseOutbound, FailureHandler
+from ztun.ports import DatagramHandler, DatagramLink, Destination, Failure
+
+
+class BlockOutbound(BaseOutbound):
+    type = "block"
+
+    def __init__(self, tag: str = "block") -> None:
+        super().__init__(tag, dial_timeout=0)
+
+    async def _dial(self, destination: Destination) -> socket.socket:
+        raise self._error(Failure.PROHIBITED, f"{destination.host} port {destination.port} is blocked")
+
+    async def open_datagrams(self, on_datagram: DatagramHandler, on_failure: FailureHandler) -> DatagramLink:
+        """Raises OutboundError: datagrams are refused like connections."""
+        self.failures[Failure.PROHIBITED] += 1
+        raise self._error(Failure.PROHIBITED, "datagrams are blocked")

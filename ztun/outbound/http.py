@@ -1,0 +1,80 @@
+"""HTTP proxies: CONNECT (RFC 9110, section 9.3.6) with Basic authentication (RFC 7617)."""
+
+from __future__ import annotations
+
+import re
+import socket
+
+from ztun.outbound import library, tcp
+from ztun.outbound.base import ProxyOutbound
+from ztun.outbound.names import proxy_name
+from ztun.ports import Destination, Failure, OutboundError
+
+MAX_HEADER = 65536  # bytes of status lines and header fields before the proxy is given up
+
+_END = re.compile(rb"\n\r?\n")  # a lone LF may end a line (RFC 9112, section 2.2)
+_START = b"HTTP/"
+
+_FAILURES = {
+    401: Failure.PROXY_AUTHENTICATION,
+    403: Failure.PROHIBITED,
+    405: Failure.UNSUPPORTED,
+    407: Failure.PROXY_AUTHENTICATION,
+    451: Failure.PROHIBITED,
+    501: Failure.UNSUPPORTED,
+    502: Failure.HOST_UNREACHABLE,
+    503: Failure.HOST_UNREACHABLE,
+    504: Failure.TIMED_OUT,
+}
+
+
+class HttpDialogue:
+    """The CONNECT exchange, sans-IO. Everything up to the end of the header fields is the proxy's, and no byte more."""
+
+    def __init__(self, destination: Destination, credentials: tuple[str, str] | None) -> None:
+        host = destination.host if tcp.is_literal(destination.host) else proxy_name(destination.host)
+        self.done = False
+        self.asked = False
+        self._request = library.http_request(host, destination.port, credentials)
+        self._header = bytearray()
+        self._total = 0
+
+    def start(self) -> bytes:
+        self.asked = True
+        return self._request
+
+    def receive(self, data: bytes) -> tuple[int, bytes]:
+        known = len(self._header)
+        self._header += data
+        if not self._header.startswith(_START[: len(self._header)]):
+            raise OutboundError(Failure.PROXY_FAILED, "it does not speak HTTP")
+        end = _END.search(self._header, max(0, known - 2))
+        taken = end.end() - known if end else len(data)
+        self._total += taken
+        if self._total > MAX_HEADER:
+            raise OutboundError(Failure.PROXY_FAILED, f"its answer has more than {MAX_HEADER} bytes of header fields")
+        if end:
+            self._handle_header(bytes(self._header[: end.end()]))
+        return taken, b""
+
+    def _handle_header(self, header: bytes) -> None:
+        try:
+            status = library.HttpReply.loads(header.replace(b"\n", b"\r\n", 1)).status_code
+        except library.MALFORMED as error:
+            status = library.error_code(error) or 0
+        if 200 <= status < 300:  # any of them opens the tunnel (RFC 9110, section 9.3.6)
+            self.done = True
+        elif 100 <= status < 200 and status != 101:  # interim: the real answer follows (RFC 9110, section 15.2)
+            self._header.clear()
+        else:
+            line = header.split(b"\n", 1)[0].strip().decode("ascii", "backslashreplace")
+            raise OutboundError(_FAILURES.get(status, Failure.PROXY_FAILED), f"it answered {line[:200]}")
+
+
+class HttpOutbound(ProxyOutbound):
+    """An HTTP proxy. See ProxyOutbound for the arguments."""
+
+    type = "http"
+
+    async def _dial(self, destination: Destination) -> socket.socket:
+        return await self._negotiated(HttpDialogue(destination, self._credentials))
