@@ -1,0 +1,117 @@
+"""From file, environment and command line to checked settings, or to all that is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ztun.config import values
+from ztun.config.checks import check_document
+from ztun.config.models import RuleSettings, Settings
+from ztun.config.problems import Location, Problem, translate, write_location
+from ztun.config.sources import Overlay, read_file
+from ztun.errors import ConfigError
+from ztun.rules import Rule, Rules
+from ztun.rules.matching import CountryLookup
+
+PROXY_TAG = "proxy"
+
+
+def load(
+    path: Path | None, environ: Mapping[str, str], *, proxy: str | None = None, lan: Sequence[str] = ()
+) -> Settings:
+    """Settings from a JSON file (None: no file), the environment over it, and the command line over both.
+
+    proxy: URL of a proxy that becomes the outbound "proxy" and the default; lan: interfaces instead of `capture.lan`.
+    Raises ConfigError, its message one line for each thing that is wrong.
+    """
+    document, problems = read_file(path) if path is not None else ({}, [])
+    overlay = Overlay(Settings, document)
+    overlay.read_environment(environ)
+    lines = _read_command_line(overlay, proxy, lan)
+    settings, found = _validate(overlay.document)
+    source = str(path) if path is not None else "settings"
+    lines += overlay.problems
+    lines += [_write(problem, source, overlay.origins) for problem in _in_order([*problems, *found])]
+    if settings is None or lines:
+        raise ConfigError("\n".join(dict.fromkeys(lines)))
+    return settings
+
+
+def settings_from_proxy(url: str, lan: Sequence[str], environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings for `--proxy URL --lan IFACE` without a file: everything goes to the one outbound, "proxy"."""
+    return load(None, environ or {}, proxy=url, lan=lan)
+
+
+def to_rules(settings: Settings, country: CountryLookup | None = None) -> Rules:
+    """The rules of the file for ztun.rules. country: the country code of a packed address, for `geoip`."""
+    rules = [_to_rule(rule) for rule in settings.route.rules]
+    return Rules(rules, settings.route.default, country) if country else Rules(rules, settings.route.default)
+
+
+def _to_rule(rule: RuleSettings) -> Rule:
+    return Rule(
+        outbound=rule.outbound,
+        ip_cidr=rule.ip_cidr,
+        domain=rule.domain,
+        domain_suffix=rule.domain_suffix,
+        domain_keyword=rule.domain_keyword,
+        geoip=rule.geoip,
+        ports=rule.port,
+        protocols=rule.protocol,
+        source_cidr=rule.source_cidr,
+        priority=rule.priority,
+    )
+
+
+def _read_command_line(overlay: Overlay, proxy: str | None, lan: Sequence[str]) -> list[str]:
+    if lan:
+        overlay.lay(("capture", "lan"), list(lan), "--lan")
+    if proxy is None:
+        return []
+    try:
+        outbound = {"tag": PROXY_TAG, **values.parse_proxy_url(proxy)}
+    except ValueError as error:
+        return [f"--proxy: {error}"]
+    listed = overlay.document.get("outbounds", [])
+    outbounds = listed if isinstance(listed, list) else []
+    overlay.document = {**overlay.document, "outbounds": [*outbounds, outbound]}
+    overlay.origins["outbounds", len(outbounds)] = "--proxy"
+    overlay.lay(("route", "default"), PROXY_TAG, "--proxy")
+    return []
+
+
+def _validate(document: dict[str, Any]) -> tuple[Settings | None, list[Problem]]:
+    problems = list(check_document(document))
+    try:
+        return Settings(**document), problems
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+    return None, [*(translate(Settings, detail) for detail in found), *problems]
+
+
+def _in_order(problems: Iterable[Problem]) -> list[Problem]:
+    """By place, the sections in the order in which the design lists them."""
+    sections = list(Settings.model_fields)
+
+    def place(problem: Problem) -> tuple[int, list[tuple[int, str]]]:
+        first = problem.location[0] if problem.location else ""
+        parts = [(part, "") if isinstance(part, int) else (-1, part) for part in problem.location]
+        return sections.index(str(first)) if first in sections else -1, parts
+
+    return sorted(problems, key=place)
+
+
+def _write(problem: Problem, source: str, origins: Mapping[Location, str]) -> str:
+    """One line; what came from the environment or the command line names that instead of the file."""
+    for length in range(len(problem.location), 0, -1):
+        origin = origins.get(problem.location[:length])
+        if origin is not None:
+            rest = write_location(problem.location[length:])
+            detail = "" if origin.startswith("--") or not rest else rest if rest.startswith("[") else "." + rest
+            return f"{origin}{detail}: {problem.message}"
+    place = write_location(problem.location)
+    return f"{source}: {place}: {problem.message}" if place else f"{source}: {problem.message}"

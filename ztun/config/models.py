@@ -1,0 +1,204 @@
+"""The sections of the configuration, as in the JSON file; every one may be left out.
+
+Only what concerns a single section is checked here; what concerns several is in checks.py.
+"""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, SecretStr, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from ztun.config import values
+from ztun.config.values import Network, split_endpoint
+
+InterfaceName = Annotated[str, PlainValidator(values.parse_interface_name)]
+Listen = Annotated[str, PlainValidator(values.parse_listen)]
+DnsServer = Annotated[str, PlainValidator(values.parse_dns_server)]
+Cidr = Annotated[Network, PlainValidator(values.parse_network)]
+Cidr4 = Annotated[IPv4Network, PlainValidator(values.parse_network4)]
+Cidr6 = Annotated[IPv6Network, PlainValidator(values.parse_network6)]
+Address4 = Annotated[IPv4Interface, PlainValidator(values.parse_interface4)]
+Address6 = Annotated[IPv6Interface, PlainValidator(values.parse_interface6)]
+Name = Annotated[str, PlainValidator(values.parse_name)]
+Keyword = Annotated[str, PlainValidator(values.parse_keyword)]
+Country = Annotated[str, PlainValidator(values.parse_country)]
+Ports = Annotated[tuple[int, int], PlainValidator(values.parse_ports)]
+Tag = Annotated[str, PlainValidator(values.parse_tag)]
+FilePath = Annotated[Path, PlainValidator(values.parse_path)]
+Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
+Whole = Annotated[int, Field(strict=True)]
+
+_ONE_OR_MORE = (BeforeValidator(values.as_list), Field(min_length=1))
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TunSettings(Section):
+    """The TUN device. mtu in bytes (RFC 791 asks hosts to take 576); addresses with the prefix length of the link."""
+
+    name: InterfaceName = "ztun0"
+    mtu: Annotated[Whole, Field(ge=576, le=65535)] = 1500
+    address: Address4 = IPv4Interface("198.18.0.1/15")
+    address6: Address6 | None = IPv6Interface("2001:2::1/48")
+
+
+class CaptureSettings(Section):
+    """Whose packets are looked at: those that come in on the `lan` interfaces, and with `host` our own."""
+
+    lan: tuple[InterfaceName, ...] = ()
+    host: Flag = False
+    backend: Literal["auto", "bpf", "tcx", "clsact", "routes"] = "auto"
+    fail: Literal["open", "closed"] = "open"
+
+
+class FakeIpSettings(Section):
+    """The Fake-IPs. size: names at a time; ttl: seconds; store: sqlite3 file, or null to forget them at the end."""
+
+    range: Cidr4 = IPv4Network("198.18.0.0/15")
+    range6: Cidr6 | None = IPv6Network("2001:2::/48")
+    size: Annotated[Whole, Field(ge=1, le=1 << 22)] = 8192
+    ttl: Annotated[Whole, Field(ge=1, le=86400)] = 300
+    store: FilePath | None = Path("/var/lib/ztun/fake-ip.db")
+
+
+class DnsSettings(Section):
+    """The DNS service. listen: address:port; servers: URLs with their ports filled in, tried in this order."""
+
+    listen: tuple[Listen, ...] = ()
+    hijack: Flag = True
+    servers: Annotated[tuple[DnsServer, ...], Field(min_length=1)] = ("udp://9.9.9.9:53", "udp://149.112.112.112:53")
+    fake_ip: FakeIpSettings = FakeIpSettings()
+
+
+class OutboundSettings(Section):
+    """A proxy. server: host:port with IPv6 in brackets, as the properties `host` and `port` give it apart."""
+
+    tag: Tag
+    type: Literal["socks5", "http"]
+    server: Annotated[str, PlainValidator(values.parse_server)]
+    username: str | None = None
+    password: SecretStr | None = None
+
+    @property
+    def host(self) -> str:
+        return split_endpoint(self.server)[0]
+
+    @property
+    def port(self) -> int:
+        return split_endpoint(self.server)[1]
+
+
+class RuleSettings(Section):
+    """One rule. A condition with one value may be written without a list; ports are closed ranges here."""
+
+    ip_cidr: Annotated[tuple[Cidr, ...], *_ONE_OR_MORE] = ()
+    domain: Annotated[tuple[Name, ...], *_ONE_OR_MORE] = ()
+    domain_suffix: Annotated[tuple[Name, ...], *_ONE_OR_MORE] = ()
+    domain_keyword: Annotated[tuple[Keyword, ...], *_ONE_OR_MORE] = ()
+    geoip: Annotated[tuple[Country, ...], *_ONE_OR_MORE] = ()
+    port: Annotated[tuple[Ports, ...], *_ONE_OR_MORE] = ()
+    protocol: Annotated[tuple[Literal["tcp", "udp", "icmp"], ...], *_ONE_OR_MORE] = ()
+    source_cidr: Annotated[tuple[Cidr, ...], *_ONE_OR_MORE] = ()
+    priority: Whole = 0
+    outbound: Tag
+
+
+class RouteSettings(Section):
+    rules: tuple[RuleSettings, ...] = ()
+    default: Tag = "direct"
+    geoip_database: FilePath | None = None
+
+
+class PoolSettings(Section):
+    """size, warmup: connections kept open to a proxy; keepalive_interval: seconds; buffers of buffer_size bytes each."""
+
+    size: Annotated[Whole, Field(ge=0, le=65535)] = 64
+    warmup: Annotated[Whole, Field(ge=0, le=65535)] = 4
+    keepalive_interval: Seconds = 75
+    buffers: Annotated[Whole, Field(ge=1, le=65536)] = 32
+    buffer_size: Annotated[Whole, Field(ge=2048, le=1 << 24)] = 65536
+
+
+class TimeoutSettings(Section):
+    """Seconds. tcp_idle is that of RFC 5382 (REQ-5), udp_idle that of RFC 4787 (REQ-5)."""
+
+    dial: Seconds = 10
+    tcp_idle: Seconds = 7440
+    udp_idle: Seconds = 300
+
+
+class LogSettings(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["console", "json"] = "console"
+    file: FilePath | None = None
+
+
+class ControlSettings(Section):
+    socket: Annotated[Path, PlainValidator(values.parse_socket_path)] = Path("/run/ztun/control.sock")
+
+
+class Settings(BaseSettings):
+    """The whole configuration. Made by `load`, which brings file, environment and command line together."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, env_prefix="ZTUN_", env_nested_delimiter="__")
+
+    tun: TunSettings = TunSettings()
+    capture: CaptureSettings = CaptureSettings()
+    dns: DnsSettings = DnsSettings()
+    outbounds: tuple[OutboundSettings, ...] = ()
+    route: RouteSettings = RouteSettings()
+    pool: PoolSettings = PoolSettings()
+    timeouts: TimeoutSettings = TimeoutSettings()
+    log: LogSettings = LogSettings()
+    control: ControlSettings = ControlSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What is given, and nothing from the surroundings: `load` says where the environment comes from."""
+        return (init_settings,)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_fake_ranges(cls, data: Any) -> Any:
+        """The TUN's addresses, where they are left out, are the first hosts of the Fake-IP ranges; null goes along."""
+        return follow_fake_ranges(data) if isinstance(data, dict) else data
+
+
+def follow_fake_ranges(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with tun.address, tun.address6 and dns.fake_ip.range6 filled in where the others tell them."""
+    tun, dns = document.get("tun", {}), document.get("dns", {})
+    fake = dns.get("fake_ip", {}) if isinstance(dns, dict) else None
+    if not isinstance(tun, dict) or not isinstance(fake, dict):
+        return document
+    tun, fake = dict(tun), dict(fake)
+    if "range" in fake and "address" not in tun:
+        tun |= _first_host(fake["range"], "address")
+    if "range6" in fake and "address6" not in tun:
+        tun |= _first_host(fake["range6"], "address6")
+    if "address6" in tun and tun["address6"] is None and "range6" not in fake:
+        fake["range6"] = None
+    return {**document, "tun": tun, "dns": {**dns, "fake_ip": fake}}
+
+
+def _first_host(value: Any, key: str) -> dict[str, str | None]:
+    if value is None:
+        return {key: None}
+    try:
+        network = values.parse_network(value)
+    except ValueError:
+        return {}  # said where the range stands
+    return {key: f"{network.network_address + 1}/{network.prefixlen}"} if network.num_addresses > 1 else {}

@@ -1,0 +1,111 @@
+"""What is wrong with a configuration, each in one line that names the place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel, SecretStr
+from pydantic_core import ErrorDetails
+
+from ztun.config.values import describe
+
+Location = tuple[str | int, ...]
+
+
+class Problem(NamedTuple):
+    location: Location
+    message: str
+
+
+def write_location(location: Location) -> str:
+    """("route", "rules", 2, "ip_cidr", 0) as `route.rules[2].ip_cidr[0]`."""
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def choices(annotation: Any) -> tuple[Any, ...]:
+    """The types that an annotation comes down to, without Annotated and with unions taken apart."""
+    if get_origin(annotation) is Annotated:
+        return choices(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(choice for part in get_args(annotation) for choice in choices(part))
+    return (annotation,)
+
+
+def step_into(annotation: Any, part: str | int) -> Any:
+    """The annotation of a key of a section or of an element of a list; None where there is none."""
+    for choice in choices(annotation):
+        if isinstance(part, int) and get_origin(choice) is tuple:
+            return get_args(choice)[0]
+        if isinstance(part, str) and isinstance(choice, type) and issubclass(choice, BaseModel):
+            field = choice.model_fields.get(part)
+            return field.annotation if field is not None else None
+    return None
+
+
+def annotation_at(root: type[BaseModel], location: Location) -> Any:
+    annotation: Any = root
+    for part in location:
+        annotation = step_into(annotation, part)
+    return annotation
+
+
+def known_keys(annotation: Any) -> list[str]:
+    for choice in choices(annotation):
+        if isinstance(choice, type) and issubclass(choice, BaseModel):
+            return list(choice.model_fields)
+    return []
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    close = get_close_matches(key, known, n=1)
+    guess = f"; did you mean '{close[0]}'?" if close else f"; known here: {', '.join(known)}"
+    return f"unknown key{guess}"
+
+
+def translate(root: type[BaseModel], error: ErrorDetails) -> Problem:
+    """A finding of pydantic in our words. The value is not repeated where it is a secret."""
+    location = error["loc"]
+    annotation = annotation_at(root, location)
+    value = "a secret" if SecretStr in choices(annotation) else describe(error["input"])
+    context: Mapping[str, Any] = error.get("ctx", {})
+    match error["type"]:
+        case "extra_forbidden":
+            message = unknown_key(str(location[-1]), known_keys(annotation_at(root, location[:-1])))
+        case "missing":
+            message = "is missing"
+        case "value_error":
+            message = str(context["error"])
+        case "model_type" | "model_attributes_type" | "dict_type":
+            message = f"must be an object, not {value}"
+        case "tuple_type" | "list_type":
+            message = f"must be a list, not {value}"
+        case "string_type":
+            message = f"must be a string, not {value}"
+        case "bool_type" | "bool_parsing":
+            message = f"must be true or false, not {value}"
+        case "int_type" | "int_parsing" | "int_from_float":
+            message = f"must be a whole number, not {value}"
+        case "float_type" | "float_parsing" | "finite_number":
+            message = f"must be a number, not {value}"
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            message = f"must be {_bound(context)}, not {value}"
+        case "too_short":
+            message = "is an empty list, which never matches; leave the key out" if len(location) > 2 else "is empty"
+        case "literal_error":
+            message = f"must be {context['expected']}, not {value}"
+        case _:
+            message = error["msg"]
+    return Problem(location, message)
+
+
+def _bound(context: Mapping[str, Any]) -> str:
+    for key, words in (("gt", "more than"), ("ge", "at least"), ("lt", "less than"), ("le", "at most")):
+        if key in context:
+            return f"{words} {context[key]:g}"
+    return "in range"
