@@ -7,7 +7,6 @@ something else in it is wrong. What is ill-formed is passed over here: the model
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from difflib import get_close_matches
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
 from typing import Any, TypeVar
 
@@ -89,9 +88,7 @@ def _check_references(document: dict[str, Any]) -> Iterator[Problem]:
 def _check_reference(location: Location, tag: Any, known: list[str]) -> Iterator[Problem]:
     if not isinstance(tag, str) or tag in known:
         return
-    close = get_close_matches(tag, known, n=1)
-    guess = f"did you mean '{close[0]}'? " if close else ""
-    yield Problem(location, f"no outbound has the tag {values.describe(tag)}; {guess}known: {', '.join(known)}")
+    yield Problem(location, f"no outbound has the tag {values.describe(tag)}; known: {', '.join(known)}")
 
 
 def _check_credentials(document: dict[str, Any]) -> Iterator[Problem]:
@@ -202,10 +199,8 @@ def _check_address(
     if interface.ip == first:
         return
     why = "is not in it" if interface.ip not in network else "would be given to a name"
-    yield Problem(
-        ("tun", "address" + suffix),
-        f"must be the first host of dns.fake_ip.range{suffix} {network}, {first}/{network.prefixlen}: {interface.ip} {why}",
-    )
+    must = f"must be the first host of dns.fake_ip.range{suffix} {network}, {first}/{network.prefixlen}"
+    yield Problem(("tun", "address" + suffix), f"{must}: {interface.ip} {why}")
 
 
 def _check_mtu(document: dict[str, Any]) -> Iterator[Problem]:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from ztun.config import values
 from ztun.config.checks import check_document
 from ztun.config.models import RuleSettings, Settings
-from ztun.config.problems import Location, Problem, translate, write_location
+from ztun.config.problems import Location, Problem, translate, unknown_key, write_location
 from ztun.config.sources import Overlay, read_file
 from ztun.errors import ConfigError
 from ztun.rules import Rule, Rules
@@ -85,11 +85,16 @@ def _read_command_line(overlay: Overlay, proxy: str | None, lan: Sequence[str]) 
 
 
 def _validate(document: dict[str, Any]) -> tuple[Settings | None, list[Problem]]:
-    problems = list(check_document(document))
+    """The settings, if the models take them, and what is wrong with them."""
+    known = list(Settings.model_fields)
+    problems = [Problem((key,), unknown_key(key, known)) for key in document if key not in known]
+    problems += check_document(document)
     try:
-        return Settings(**document), problems
+        # Only our keys: BaseSettings has parameters of its own, as _env_file, that a file must not reach.
+        return Settings(**{key: value for key, value in document.items() if key in known}), problems
     except ValidationError as error:
-        found = error.errors(include_url=False)
+        # Elements that are wrong are not counted, so that a list may be called too short as well.
+        found = [detail for detail in error.errors() if detail["type"] != "too_short" or not detail["input"]]
     return None, [*(translate(Settings, detail) for detail in found), *problems]
 
 

@@ -117,7 +117,7 @@ class RouteSettings(Section):
 
 
 class PoolSettings(Section):
-    """size, warmup: connections kept open to a proxy; keepalive_interval: seconds; buffers of buffer_size bytes each."""
+    """size, warmup: connections kept open to a proxy; keepalive_interval: seconds; buffer_size: bytes."""
 
     size: Annotated[Whole, Field(ge=0, le=65535)] = 64
     warmup: Annotated[Whole, Field(ge=0, le=65535)] = 4

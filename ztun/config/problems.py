@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from types import UnionType
@@ -14,6 +15,8 @@ from ztun.config.values import describe
 
 Location = tuple[str | int, ...]
 
+_PLAIN_KEY = re.compile(r"[\w-]{1,64}")
+
 
 class Problem(NamedTuple):
     location: Location
@@ -24,7 +27,10 @@ def write_location(location: Location) -> str:
     """("route", "rules", 2, "ip_cidr", 0) as `route.rules[2].ip_cidr[0]`."""
     text = ""
     for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        if isinstance(part, int) or not _PLAIN_KEY.fullmatch(part):
+            text += f"[{part!r}]"
+        else:
+            text += f".{part}" if text else part
     return text
 
 
@@ -72,7 +78,7 @@ def translate(root: type[BaseModel], error: ErrorDetails) -> Problem:
     """A finding of pydantic in our words. The value is not repeated where it is a secret."""
     location = error["loc"]
     annotation = annotation_at(root, location)
-    value = "a secret" if SecretStr in choices(annotation) else describe(error["input"])
+    value = "this" if SecretStr in choices(annotation) else describe(error["input"])
     context: Mapping[str, Any] = error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":

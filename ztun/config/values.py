@@ -154,6 +154,8 @@ def parse_server(value: Any) -> str:
     text = need_text(value)
     if "://" in text:
         raise ValueError("must be host:port, without a scheme; `type` says what kind of proxy it is")
+    if "@" in text:
+        raise ValueError("must be host:port; user name and password go to `username` and `password`")
     host, port = split_endpoint(text)
     return join_endpoint(parse_host(host), port)
 
@@ -191,8 +193,8 @@ def parse_dns_server(value: Any) -> str:
 
 
 def _netloc(netloc: str, default_port: int) -> tuple[str, int]:
-    has_port = re.search(r":[^\]:]*$", netloc) and (netloc.count(":") == 1 or netloc.startswith("["))
-    return split_endpoint(netloc if has_port else f"{netloc}:{default_port}")
+    without_port = netloc.endswith("]") or ":" not in netloc
+    return split_endpoint(f"{netloc}:{default_port}" if without_port else netloc)
 
 
 def split_url(text: str) -> SplitResult:
@@ -213,7 +215,11 @@ def parse_proxy_url(text: str) -> dict[str, str]:
     if parts.path not in ("", "/") or parts.query or parts.fragment:
         raise ValueError("takes no path; in a user name or password, / ? # @ and : are written as %2F %3F %23 %40 %3A")
     credentials, has_credentials, endpoint = parts.netloc.rpartition("@")
-    outbound = {"type": types[scheme.lower()], "server": parse_server(endpoint)}
+    try:
+        server = parse_server(endpoint)
+    except ValueError:
+        raise ValueError("must end in host:port, with an IPv6 address in brackets") from None
+    outbound = {"type": types[scheme.lower()], "server": server}
     if has_credentials:
         user, _colon, password = credentials.partition(":")
         outbound |= {"username": unquote(user), "password": unquote(password)}
@@ -246,9 +252,7 @@ def parse_keyword(value: Any) -> str:
     """A part of a name. Names are compared as A-labels, so only what can stand in one makes sense."""
     text = need_text(value).lower()
     if not re.fullmatch(r"[a-z0-9._-]{1,253}", text):
-        raise ValueError(
-            f"{describe(text)} is in no name: names are compared as ASCII (xn--...), in letters, digits, '-', '_' and '.'"
-        )
+        raise ValueError(f"{describe(text)} is in no name; names are compared as A-labels: a-z, 0-9, '-', '_' and '.'")
     return text
 
 
