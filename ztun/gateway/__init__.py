@@ -1,0 +1,1 @@
+"""The engine: device <-> stack <-> relay <-> outbound, the DNS service, statistics."""

@@ -1,0 +1,103 @@
+"""The read loop: packets from the device into the stack, what the stack says back to the device, timers on time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from ztun.ports import PacketDevice
+from ztun.stack import BufferPool, Stack
+from ztun.stack.timers import NEVER
+
+log = structlog.get_logger("ztun.engine")
+
+# Packets read before others in the event loop get their turn: at most 4 MiB of payload, some milliseconds.
+_BATCH = 64
+
+
+class Engine:
+    """Drives one stack on one device. Everybody who makes the stack say something calls `send` afterwards."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, device: PacketDevice, stack: Stack, pool: BufferPool) -> None:
+        self.loop = loop
+        self.pool = pool
+        self.stack = stack
+        self.now: Callable[[], float] = loop.time
+        self.read = 0
+        self.written = 0
+        self.refused = 0  # writes that the kernel did not take
+        self.errors = 0
+        self._device = device
+        self._buffer = pool.get()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = NEVER
+
+    def start(self) -> None:
+        self.loop.add_reader(self._device.fileno(), self._readable)
+
+    def stop(self) -> None:
+        """Stop reading and say what is left to say."""
+        self.loop.remove_reader(self._device.fileno())
+        self.send()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def send(self) -> None:
+        """Hand everything in the stack's outbox to the device, and look at the clock of the stack again."""
+        outbox = self.stack.outbox
+        if outbox:
+            write = self._device.send
+            for packet in outbox:
+                if not write(packet):
+                    self.refused += 1
+            self.written += len(outbox)
+            outbox.clear()
+        when = self.stack.get_timer()
+        if when is not None and when < self._timer_at:
+            self._arm(when)
+
+    def _readable(self) -> None:
+        now = self.loop.time()
+        stack, buffer = self.stack, self._buffer
+        recv_into = self._device.recv_into
+        for _ in range(_BATCH):
+            length = recv_into(buffer)
+            if not length:
+                break
+            self.read += 1
+            try:
+                kept = stack.receive(buffer[:length], now)
+            except Exception:
+                self._failed()
+                kept = True  # nobody knows who still looks at it
+            if kept:
+                buffer = self._buffer = self.pool.get()
+        stack.flush(now)
+        self.send()
+
+    def _failed(self) -> None:
+        """A defect of ours must cost one packet, not the gateway."""
+        self.errors += 1
+        self.stack.drop("internal-error")
+        if self.errors & (self.errors - 1) == 0:  # at 1, 2, 4, 8 …
+            log.exception("a packet could not be processed", times=self.errors)
+
+    def _arm(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = when
+        self._timer = self.loop.call_at(when, self._timer_due)
+
+    def _timer_due(self) -> None:
+        self._timer = None
+        self._timer_at = NEVER
+        now = self.loop.time()
+        try:
+            self.stack.handle_timer(now)
+        except Exception:
+            self._failed()
+        self.stack.flush(now)
+        self.send()

@@ -1,0 +1,73 @@
+"""From a packet's addresses to an outbound and a destination: Fake-IPs back to names, then the rules."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+from ztun.ports import Destination, Outbound
+from ztun.rules import DNS, Decision, FlowInfo
+
+
+class NamePool(Protocol):
+    def contains(self, address: bytes) -> bool: ...
+
+    def name_of(self, address: bytes) -> str | None: ...
+
+    def acquire(self, address: bytes) -> None: ...
+
+    def release(self, address: bytes) -> None: ...
+
+
+class Decider(Protocol):
+    def decide(self, flow: FlowInfo) -> Decision: ...
+
+
+class Route(NamedTuple):
+    """outbound is None for what the DNS service answers. fake: the destination address was a Fake-IP."""
+
+    outbound: Outbound | None
+    destination: Destination
+    rule: int
+    fake: bool
+
+
+class UnmappedError(Exception):
+    """A packet went to a Fake-IP that stands for no name."""
+
+
+class Router:
+    def __init__(self, rules: Decider, names: NamePool, outbounds: Mapping[str, Outbound], hijack_dns: bool) -> None:
+        self._rules = rules
+        self._names = names
+        self._outbounds = outbounds
+        self._hijack_dns = hijack_dns
+
+    def route(self, protocol: str, source: bytes, address: bytes, port: int) -> Route:
+        """Decide about a new flow. Addresses are packed. Raises UnmappedError."""
+        if port == 53 and self._hijack_dns:
+            return Route(None, Destination("", port), 0, False)
+        name = None
+        fake = self._names.contains(address)
+        if fake:
+            name = self._names.name_of(address)
+            if name is None:
+                raise UnmappedError
+        decision = self._rules.decide(FlowInfo(protocol, source, address, name, port))
+        if decision.outbound == DNS:
+            return Route(None, Destination("", port), decision.rule, fake)
+        return Route(self._outbounds[decision.outbound], Destination(name or text(address), port), decision.rule, fake)
+
+
+def text(address: bytes) -> str:
+    """A packed address as people write it."""
+    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
+
+
+def packed(address: str) -> bytes | None:
+    """The packed form of an address literal, None for a name."""
+    try:
+        return socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+    except OSError:
+        return None
