@@ -1,0 +1,83 @@
+"""What is measured: each subject carries the client's traffic to the target while it is active, and is gone after."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from bench.peer import MTU
+from ztun.lab import Lab, plan
+from ztun.lab.namespace import wait_until
+
+TABLE = 100
+PROXIES = {"danted": plan.SOCKS_UDP_PORT, "microsocks": plan.SOCKS_PORT}
+
+Subject = Callable[[Lab, str], AbstractContextManager[int | None]]
+"""(lab, proxy name) -> a context in which it carries traffic; gives the process to account CPU time to, if any."""
+
+
+@contextlib.contextmanager
+def ztun(lab: Lab, proxy: str) -> Iterator[int | None]:
+    tag = {"danted": "socks-udp", "microsocks": "socks"}[proxy]
+    instance = lab.ztun({"route": {"rules": [{"ip_cidr": [plan.SITE4, plan.SITE6], "outbound": tag}]}})
+    try:
+        yield instance.pid
+    finally:
+        instance.stop(signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def plain(lab: Lab, proxy: str) -> Iterator[int | None]:
+    yield None
+
+
+def peer(program: str) -> Subject:
+    @contextlib.contextmanager
+    def carry(lab: Lab, proxy: str) -> Iterator[int | None]:
+        device = "peer0"
+        if program == "tun2socks":  # has no option for the MTU, but takes an existing device
+            lab.gateway.ip(f"tuntap add {device} mode tun", f"link set {device} mtu {MTU}")
+        url = f"socks5://{plan.UPSTREAM4}:{PROXIES[proxy]}"
+        argv = [sys.executable, "-m", "bench.peer", program, device, url]
+        process = lab.spawn(lab.gateway, f"peer-{program}", *argv, cwd=Path(__file__).parents[1])
+        try:
+            _route(lab, device)
+            if not wait_until(lambda: lab.curl(f"http://{plan.SITE4}/", check=False, timeout=1).returncode == 0):
+                output = (lab.directory / f"peer-{program}.out").read_text()
+                raise RuntimeError(f"{program} does not carry traffic: {output[-1000:] or 'no output'}")
+            yield process.pid
+        finally:
+            process.terminate()
+            process.wait()
+            lab.gateway.run("ip", "rule", "del", "iif", "lan0", "lookup", str(TABLE), check=False)
+            lab.gateway.run("ip", "-6", "rule", "del", "iif", "lan0", "lookup", str(TABLE), check=False)
+            lab.gateway.run("ip", "link", "del", device, check=False)
+
+    return carry
+
+
+def _route(lab: Lab, device: str) -> None:
+    if not wait_until(lambda: lab.gateway.run("ip", "link", "show", device, check=False).returncode == 0):
+        raise RuntimeError(f"{device} did not appear")
+    lab.gateway.ip(
+        f"link set {device} up",
+        f"route replace default dev {device} table {TABLE}",
+        f"rule add iif lan0 to {plan.SITE4} lookup {TABLE}",
+    )
+    lab.gateway.run("ip", "-6", "route", "replace", "default", "dev", device, "table", str(TABLE))
+    lab.gateway.run("ip", "-6", "rule", "add", "iif", "lan0", "to", plan.SITE6, "lookup", str(TABLE))
+
+
+SUBJECTS: dict[str, Subject] = {
+    "ztun": ztun,
+    "tun2socks": peer("tun2socks"),
+    "sing-tun gvisor": peer("gvisor"),
+    "sing-tun system": peer("system"),
+    "sing-tun mixed": peer("mixed"),
+    "plain forwarding": plain,
+}
+BASE_LINES = ("plain forwarding",)
