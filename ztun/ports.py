@@ -157,6 +157,7 @@ class OutboundError(Exception):
 
 
 DatagramHandler = Callable[[str, int, Buffer], None]
+UnreachableHandler = Callable[[Destination, OutboundError], None]
 
 
 class DatagramLink(Protocol):
@@ -183,10 +184,15 @@ class Outbound(Protocol):
         ...
 
     async def open_datagrams(
-        self, on_datagram: DatagramHandler, on_failure: Callable[[OutboundError], None]
+        self,
+        on_datagram: DatagramHandler,
+        on_failure: Callable[[OutboundError], None],
+        on_unreachable: UnreachableHandler | None = None,
     ) -> DatagramLink:
         """Open a link; `on_datagram(host, port, payload)` is called for what comes back, `on_failure` when it dies.
 
+        `on_unreachable(destination, error)` is called when one destination could not be reached (ICMP said so) while
+        the link lives on; without it the next `send` to that destination raises.
         Raises OutboundError, with Failure.UNSUPPORTED where the proxy cannot carry datagrams.
         """
         ...

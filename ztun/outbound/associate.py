@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from ztun.outbound.names import proxy_name
+from ztun.outbound.senders import Senders
 from ztun.outbound.tcp import is_literal
 from ztun.outbound.udp import Address, UdpSocket
 from ztun.ports import Buffer, DatagramHandler, Destination, Failure, OutboundError
@@ -24,7 +25,7 @@ def encode_header(destination: Destination) -> bytes:
         name = proxy_name(host).encode("ascii")
         address = bytes((_NAME, len(name))) + name
     elif ":" in host:
-        address = bytes((_IPV6,)) + socket.inet_pton(socket.AF_INET6, host)
+        address = bytes((_IPV6,)) + socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
     else:
         address = bytes((_IPV4,)) + socket.inet_pton(socket.AF_INET, host)
     return b"\0\0\0" + address + destination.port.to_bytes(2, "big")
@@ -62,7 +63,9 @@ class AssociateLink:
     """See `ztun.ports.DatagramLink`. The association lives as long as its control connection.
 
     control: the TCP connection on which the proxy granted the association; relay: a UDP socket connected to the address
-    that it named. The link owns both. drops: reason -> datagrams of the relay that could not be used.
+    that it named. The link owns both. drops: reason -> datagrams that could not be carried, counted up.
+
+    What comes back is reported under the host that was sent to: see Senders.
     """
 
     def __init__(
@@ -71,21 +74,18 @@ class AssociateLink:
         relay: socket.socket,
         on_datagram: DatagramHandler,
         on_failure: Callable[[OutboundError], None],
+        drops: Counter[str],
     ) -> None:
         self.closed = False
-        self.drops: Counter[str] = Counter()
+        self._drops = drops
         self._loop = asyncio.get_running_loop()
         self._control = control
         self._on_datagram = on_datagram
         self._on_failure = on_failure
         self._headers: dict[Destination, bytes] = {}
-        self._relay = UdpSocket(relay, self._received, self._relay_failed)
+        self._senders = Senders()
+        self._relay = UdpSocket(relay, self._received, self._relay_failed, drops)
         self._loop.add_reader(control, self._control_readable)
-
-    @property
-    def lost(self) -> int:
-        """Datagrams that could not be sent."""
-        return self._relay.lost
 
     def send(self, destination: Destination, payload: Buffer) -> None:
         """See `ztun.ports.DatagramLink.send`. Names go to the proxy as they are."""
@@ -95,11 +95,14 @@ class AssociateLink:
         if header is None:
             if len(self._headers) >= _MAX_HEADERS:
                 self._headers.clear()
+                self._senders.clear()
             header = self._headers[destination] = encode_header(destination)
+            self._senders.sent(destination)
         try:
             self._relay.send([header, payload], None)
         except OSError as error:
-            self._relay_failed(error.errno or 0, None)
+            # Later, since who sends does not expect to lose the link meanwhile.
+            self._loop.call_soon(self._relay_failed, error.errno or 0, None)
 
     def close(self) -> None:
         if self.closed:
@@ -113,9 +116,9 @@ class AssociateLink:
         try:
             host, port, start = decode_header(datagram)
         except ValueError as error:
-            self.drops[str(error)] += 1
+            self._drops[str(error)] += 1
             return
-        self._on_datagram(host, port, memoryview(datagram)[start:])
+        self._on_datagram(self._senders.find(host, port), port, memoryview(datagram)[start:])
 
     def _relay_failed(self, number: int, address: Address | None) -> None:
         self._fail(f"its relay cannot be reached: {os.strerror(number)}")

@@ -7,21 +7,33 @@ import socket
 import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from ztun.outbound import tcp
-from ztun.outbound.errors import failure_of
 from ztun.outbound.negotiation import Dialogue, negotiate
-from ztun.ports import DatagramHandler, DatagramLink, Destination, Failure, OutboundError, SocketFactory
+from ztun.ports import (
+    DatagramHandler,
+    DatagramLink,
+    Destination,
+    Failure,
+    OutboundError,
+    SocketFactory,
+    UnreachableHandler,
+)
 
 Resolve = Callable[[str], Awaitable[Iterable[str]]]
 FailureHandler = Callable[[OutboundError], None]
 
 
+class Link(DatagramLink, Protocol):
+    closed: bool
+
+
 class BaseOutbound:
     """Counts what `_dial` of a subclass does, and bounds it by the dial deadline.
 
-    dials: connects that were asked for; failures: how those ended that failed; active: connections that live.
+    dials: connections and datagram links that were asked for; failures: how those ended that failed; drops: reason ->
+    datagrams that could not be carried.
     """
 
     type = "none"
@@ -30,9 +42,10 @@ class BaseOutbound:
         self.tag = tag
         self.dials = 0
         self.failures: Counter[Failure] = Counter()
+        self.drops: Counter[str] = Counter()
         self._dial_timeout = dial_timeout
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-        self._links: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
 
     async def connect(self, destination: Destination) -> socket.socket:
         """See `ztun.ports.Outbound.connect`. Cancelling closes what was opened."""
@@ -45,10 +58,21 @@ class BaseOutbound:
         self._sockets.add(sock)
         return sock
 
-    async def open_datagrams(self, on_datagram: DatagramHandler, on_failure: FailureHandler) -> DatagramLink:
+    async def open_datagrams(
+        self,
+        on_datagram: DatagramHandler,
+        on_failure: FailureHandler,
+        on_unreachable: UnreachableHandler | None = None,
+    ) -> DatagramLink:
         """See `ztun.ports.Outbound.open_datagrams`."""
-        self.failures[Failure.UNSUPPORTED] += 1
-        raise self._error(Failure.UNSUPPORTED, f"{self.type} carries no datagrams")
+        self.dials += 1
+        try:
+            link = await self._open_link(on_datagram, on_failure, on_unreachable)
+        except OutboundError as error:
+            self.failures[error.failure] += 1
+            raise
+        self._links.add(link)
+        return link
 
     async def close(self) -> None:
         """Close the datagram links. Connections belong to who asked for them."""
@@ -56,17 +80,23 @@ class BaseOutbound:
             link.close()
 
     def statistics(self) -> dict[str, Any]:
-        """{"type", "dials", "active", "datagram_links", "failures": {Failure value: count}}, for `status --json`."""
+        """For `status --json`: type, dials, active (connections that live), datagram_links, failures, drops."""
         return {
             "type": self.type,
             "dials": self.dials,
             "active": sum(1 for sock in list(self._sockets) if sock.fileno() >= 0),
             "datagram_links": sum(1 for link in list(self._links) if not link.closed),
             "failures": {failure.value: count for failure, count in self.failures.items()},
+            "drops": dict(self.drops),
         }
 
     async def _dial(self, destination: Destination) -> socket.socket:
         raise NotImplementedError
+
+    async def _open_link(
+        self, on_datagram: DatagramHandler, on_failure: FailureHandler, on_unreachable: UnreachableHandler | None
+    ) -> Link:
+        raise self._error(Failure.UNSUPPORTED, f"{self.type} carries no datagrams")
 
     def _error(self, failure: Failure, what: str) -> OutboundError:
         return OutboundError(failure, f"outbound {self.tag}: {what}")
@@ -155,8 +185,3 @@ async def resolved(resolve: Resolve, host: str) -> list[str]:
     if not addresses:
         raise OutboundError(Failure.NAME_NOT_FOUND, f"{host} has no address")
     return addresses
-
-
-def connect_error(destination: Destination, error: OSError) -> OutboundError:
-    """What to tell about a destination that could not be connected to."""
-    return OutboundError(failure_of(error), f"{destination.host} port {destination.port}: {error.strerror}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import socket
 
-from ztun.outbound.base import BaseOutbound, FailureHandler
-from ztun.ports import DatagramHandler, DatagramLink, Destination, Failure
+from ztun.outbound.base import BaseOutbound, FailureHandler, Link
+from ztun.ports import DatagramHandler, Destination, Failure, UnreachableHandler
 
 
 class BlockOutbound(BaseOutbound):
@@ -17,7 +17,7 @@ class BlockOutbound(BaseOutbound):
     async def _dial(self, destination: Destination) -> socket.socket:
         raise self._error(Failure.PROHIBITED, f"{destination.host} port {destination.port} is blocked")
 
-    async def open_datagrams(self, on_datagram: DatagramHandler, on_failure: FailureHandler) -> DatagramLink:
-        """Raises OutboundError: datagrams are refused like connections."""
-        self.failures[Failure.PROHIBITED] += 1
+    async def _open_link(
+        self, on_datagram: DatagramHandler, on_failure: FailureHandler, on_unreachable: UnreachableHandler | None
+    ) -> Link:
         raise self._error(Failure.PROHIBITED, "datagrams are blocked")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections import Counter
 from typing import NamedTuple
 
 from ztun.outbound.base import Resolve, resolved
-from ztun.outbound.errors import failure_of, os_error
+from ztun.outbound.errors import os_error, unreachable
 from ztun.outbound.tcp import family_of, is_literal
 from ztun.outbound.udp import Address, UdpSocket
-from ztun.ports import Buffer, DatagramHandler, Destination, OutboundError, SocketFactory
-
-UnreachableHandler = Callable[[Destination, OutboundError], None]
+from ztun.ports import Buffer, DatagramHandler, Destination, OutboundError, SocketFactory, UnreachableHandler
 
 _MAX_TARGETS = 4096  # destinations remembered per link
 _MAX_WAITING = 16  # datagrams that wait for one name to be resolved
@@ -28,7 +26,7 @@ class DirectLink:
     """See `ztun.ports.DatagramLink`. Answers from the address that a name resolved to are reported under the name.
 
     on_unreachable(destination, error): called when ICMP says that a destination cannot be reached; without it the next
-    `send` to that destination raises.
+    `send` to that destination raises. drops: reason -> datagrams that were not sent, counted up.
     """
 
     def __init__(
@@ -36,24 +34,21 @@ class DirectLink:
         factory: SocketFactory,
         resolve: Resolve,
         on_datagram: DatagramHandler,
-        on_unreachable: UnreachableHandler | None = None,
+        on_unreachable: UnreachableHandler | None,
+        drops: Counter[str],
     ) -> None:
         self.closed = False
         self._factory = factory
         self._resolve = resolve
         self._on_datagram = on_datagram
         self._on_unreachable = on_unreachable
+        self._drops = drops
         self._sockets: dict[int, UdpSocket] = {}
         self._targets: dict[Destination, _Target] = {}
         self._hosts: dict[tuple[str, int], str] = {}  # real address -> the host that it was sent to as
         self._waiting: dict[Destination, list[bytes]] = {}
         self._resolving: set[asyncio.Task[None]] = set()
         self._noted: dict[Destination, OutboundError] = {}
-
-    @property
-    def lost(self) -> int:
-        """Datagrams that could not be sent."""
-        return sum(sock.lost for sock in self._sockets.values())
 
     def send(self, destination: Destination, payload: Buffer) -> None:
         """See `ztun.ports.DatagramLink.send`. A datagram to a new name waits for the name's address."""
@@ -69,7 +64,7 @@ class DirectLink:
         try:
             self._socket(target.family).send([payload], target.address)
         except OSError as error:
-            raise _unreachable(destination, error) from None
+            raise unreachable(destination, error) from None
 
     def close(self) -> None:
         self.closed = True
@@ -84,7 +79,7 @@ class DirectLink:
             raw = self._factory(family, socket.SOCK_DGRAM)
             if family == socket.AF_INET6:
                 raw.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock = self._sockets[family] = UdpSocket(raw, self._received, self._failed)
+            sock = self._sockets[family] = UdpSocket(raw, self._received, self._failed, self._drops)
         return sock
 
     def _find_target(self, destination: Destination, payload: Buffer) -> _Target | None:
@@ -99,6 +94,8 @@ class DirectLink:
             task.add_done_callback(self._resolving.discard)
         elif len(waiting) < _MAX_WAITING:
             waiting.append(bytes(payload))
+        else:
+            self._drops["name pending"] += 1
         return None
 
     def _add_target(self, destination: Destination, address: str) -> _Target:
@@ -137,7 +134,7 @@ class DirectLink:
             return
         host, port = str(address[0]), int(address[1])
         destination = Destination(self._hosts.get((host, port), host), port)
-        self._tell(destination, _unreachable(destination, os_error(number)))
+        self._tell(destination, unreachable(destination, os_error(number)))
 
     def _tell(self, destination: Destination, error: OutboundError) -> None:
         if self.closed:
@@ -148,7 +145,3 @@ class DirectLink:
         if len(self._noted) >= _MAX_TARGETS:
             self._noted.clear()
         self._noted[destination] = error
-
-
-def _unreachable(destination: Destination, error: OSError) -> OutboundError:
-    return OutboundError(failure_of(error), f"{destination.host} port {destination.port}: {error.strerror}")

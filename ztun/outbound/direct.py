@@ -6,9 +6,10 @@ import asyncio
 import socket
 
 from ztun.outbound import tcp
-from ztun.outbound.base import BaseOutbound, FailureHandler, Resolve, connect_error, resolved
+from ztun.outbound.base import BaseOutbound, FailureHandler, Link, Resolve, resolved
 from ztun.outbound.datagrams import DirectLink
-from ztun.ports import DatagramHandler, DatagramLink, Destination, Failure, SocketFactory
+from ztun.outbound.errors import unreachable
+from ztun.ports import DatagramHandler, Destination, Failure, SocketFactory, UnreachableHandler
 
 
 class DirectOutbound(BaseOutbound):
@@ -30,10 +31,9 @@ class DirectOutbound(BaseOutbound):
             what = f"{destination.host} port {destination.port} did not answer within {self._dial_timeout:g} s"
             raise self._error(Failure.TIMED_OUT, what) from None
         except OSError as error:
-            raise connect_error(destination, error) from None
+            raise unreachable(destination, error) from None
 
-    async def open_datagrams(self, on_datagram: DatagramHandler, on_failure: FailureHandler) -> DatagramLink:
-        """A link of one unconnected socket per address family."""
-        link = DirectLink(self._factory, self._resolve, on_datagram)
-        self._links.add(link)
-        return link
+    async def _open_link(
+        self, on_datagram: DatagramHandler, on_failure: FailureHandler, on_unreachable: UnreachableHandler | None
+    ) -> Link:
+        return DirectLink(self._factory, self._resolve, on_datagram, on_unreachable, self.drops)

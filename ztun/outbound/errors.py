@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from ztun.ports import Failure
+from ztun.ports import Destination, Failure, OutboundError
 
 _FAILURES = {
     errno.ECONNREFUSED: Failure.REFUSED,
@@ -33,6 +33,11 @@ _TELLING = (
 def failure_of(error: OSError) -> Failure:
     """The Failure that an OSError of connect(2) or sendto(2) stands for; HOST_UNREACHABLE where there is no better."""
     return _FAILURES.get(error.errno or 0, Failure.HOST_UNREACHABLE)
+
+
+def unreachable(destination: Destination, error: OSError) -> OutboundError:
+    """What to tell about a destination for which a system call failed."""
+    return OutboundError(failure_of(error), f"{destination.host} port {destination.port}: {error.strerror}")
 
 
 def most_telling(errors: list[OSError]) -> OSError:

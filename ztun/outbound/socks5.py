@@ -7,9 +7,9 @@ import socket
 
 from ztun.outbound import library, tcp
 from ztun.outbound.associate import AssociateLink
-from ztun.outbound.base import FailureHandler, ProxyOutbound, resolved
+from ztun.outbound.base import FailureHandler, Link, ProxyOutbound, resolved
 from ztun.outbound.names import proxy_name
-from ztun.ports import DatagramHandler, DatagramLink, Destination, Failure, OutboundError
+from ztun.ports import DatagramHandler, Destination, Failure, OutboundError, UnreachableHandler
 
 _FAILURES = {
     1: (Failure.PROXY_FAILED, "it failed for a reason of its own"),
@@ -111,15 +111,10 @@ class Socks5Outbound(ProxyOutbound):
         request = library.Socks5Request(host=host, port=destination.port)
         return await self._negotiated(Socks5Dialogue(request, self._credentials))
 
-    async def open_datagrams(self, on_datagram: DatagramHandler, on_failure: FailureHandler) -> DatagramLink:
-        """Ask for an association. Raises OutboundError, UNSUPPORTED where the proxy has none to give."""
-        try:
-            return await self._associate(on_datagram, on_failure)
-        except OutboundError as error:
-            self.failures[error.failure] += 1
-            raise
-
-    async def _associate(self, on_datagram: DatagramHandler, on_failure: FailureHandler) -> AssociateLink:
+    async def _open_link(
+        self, on_datagram: DatagramHandler, on_failure: FailureHandler, on_unreachable: UnreachableHandler | None
+    ) -> Link:
+        """Ask for an association. No ICMP error comes through a proxy, so `on_unreachable` has nothing to tell."""
         # We do not know yet from where we send: zeros say so (RFC 1928, section 4).
         dialogue = Socks5Dialogue(library.AssociateRequest(host="0.0.0.0", port=0), self._credentials)
         control = await self._negotiated(dialogue)
@@ -128,17 +123,15 @@ class Socks5Outbound(ProxyOutbound):
             host, port = await self._relay_address(control, dialogue.bound)
             relay = self._factory(tcp.family_of(host), socket.SOCK_DGRAM)
             relay.connect((host, port))
-            link = AssociateLink(control, relay, on_datagram, on_failure)
+            return AssociateLink(control, relay, on_datagram, on_failure, self.drops)
         except BaseException as error:
             control.close()
             if relay is not None:
                 relay.close()
             if isinstance(error, OSError):
-                what = f"{self._server}: its relay cannot be reached: {error.strerror}"
+                what = f"{self._server}: its relay cannot be reached: {error.strerror or 'its name does not resolve'}"
                 raise self._error(Failure.PROXY_UNREACHABLE, what) from None
             raise
-        self._links.add(link)
-        return link
 
     async def _relay_address(self, control: socket.socket, bound: tuple[str, int]) -> tuple[str, int]:
         """Where the relay listens. All zeros mean the address at which the proxy was reached."""

@@ -13,6 +13,8 @@ from ztun.ports import SocketFactory
 
 ATTEMPT_DELAY = 0.25  # seconds between two attempts: the recommended Connection Attempt Delay (RFC 8305, section 5)
 
+_MAX_KEEPALIVE = 32767  # seconds: MAX_TCP_KEEPIDLE and MAX_TCP_KEEPINTVL, net/tcp.h
+
 
 def family_of(address: str) -> int:
     """AF_INET or AF_INET6 of an address literal."""
@@ -21,10 +23,8 @@ def family_of(address: str) -> int:
 
 def is_literal(host: str) -> bool:
     """True for an IPv4 or IPv6 address, False for a name."""
-    if ":" in host:
-        return True
     try:
-        socket.inet_pton(socket.AF_INET, host)
+        socket.inet_pton(family_of(host), host.partition("%")[0])
     except (OSError, ValueError):
         return False
     return True
@@ -43,6 +43,7 @@ def interleave(addresses: Iterable[str]) -> list[str]:
 
 def keep_alive(sock: socket.socket, interval: int) -> None:
     """Probe a silent peer after `interval` seconds, and give it up after three more unanswered probes."""
+    interval = min(max(interval, 1), _MAX_KEEPALIVE)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", interval), ("TCP_KEEPINTVL", interval), ("TCP_KEEPCNT", 3)):
         option = getattr(socket, name, None)  # macOS has not all of them

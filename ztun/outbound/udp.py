@@ -6,12 +6,14 @@ import asyncio
 import errno
 import socket
 import struct
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 _BATCH = 64  # datagrams a wake-up, so that one busy link does not hold up the rest of the loop
 _ERRORS = 64  # errors a wake-up
 _MAX_DATAGRAM = 65535
+_RECEIVE_BUFFER = 1 << 20  # bytes, as far as net.core.rmem_max allows: a burst must outlast one turn of the loop
 
 # Numbers of linux/in.h and linux/in6.h that Python does not name before 3.14.
 _RECVERR = {socket.AF_INET: (socket.IPPROTO_IP, 11), socket.AF_INET6: (socket.IPPROTO_IPV6, 25)}
@@ -26,6 +28,7 @@ class UdpSocket:
 
     on_datagram(payload, address) is called for what arrives, on_error(errno, address) for each ICMP error, with the
     address that the failed datagram was sent to (where the kernel can tell: None on systems without an error queue).
+    drops: reason -> datagrams that were not sent, counted up.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class UdpSocket:
         sock: socket.socket,
         on_datagram: Callable[[bytes, Address], None],
         on_error: Callable[[int, Address | None], None],
+        drops: Counter[str],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._sock = sock
@@ -40,7 +44,8 @@ class UdpSocket:
         self._on_error = on_error
         self._has_error_queue = hasattr(socket, "MSG_ERRQUEUE")
         self.closed = False
-        self.lost = 0  # datagrams that the socket did not take
+        self._drops = drops
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
         if self._has_error_queue:
             sock.setsockopt(*_RECVERR[sock.family], 1)
         self._loop.add_reader(sock, self._on_readable)
@@ -72,11 +77,11 @@ class UdpSocket:
             else:
                 self._sock.sendmsg(pieces, (), 0, address)
         except (BlockingIOError, InterruptedError):
-            self.lost += 1
+            self._drops["socket full"] += 1
         except OSError as error:
             if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
                 raise
-            self.lost += 1
+            self._drops["too long" if error.errno == errno.EMSGSIZE else "socket full"] += 1
 
     def _on_readable(self) -> None:
         for count in range(_BATCH):
