@@ -1,0 +1,89 @@
+"""Beginning and ending: what asks the process to stop, and how everything that was done is undone."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from typing import Any, TypeVar
+
+import structlog
+
+log = structlog.get_logger("ztun.app")
+
+T = TypeVar("T")
+
+# Seconds that one step of the undoing may take before the next has its turn.
+STEP_LIMIT = 5.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StopRequest:
+    """Set once someone wants the process to end: gracefully at first, at once when a second signal comes."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.hurried = asyncio.Event()
+
+    def ask(self) -> None:
+        """End gracefully. Asking again changes nothing."""
+        self.asked.set()
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self.asked.is_set():
+            log.warning("stopping at once", signal=number.name)
+            self.hurried.set()
+        else:
+            log.info("stopping", signal=number.name)
+        self.ask()
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """While inside, SIGINT, SIGTERM and SIGHUP (the terminal went away) ask to stop."""
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            yield
+        finally:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+
+
+async def unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, or None when `event` is set first: then `work` is cancelled and has ended.
+
+    Raises what `work` raises.
+    """
+    task = asyncio.ensure_future(work)
+    waiting = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+    return None if task.cancelled() else task.result()
+
+
+class Undo:
+    """What to undo, in reverse order; a step that fails is told and does not keep the others from their turn."""
+
+    def __init__(self, stack: AsyncExitStack) -> None:
+        self._stack = stack
+        self.failed: list[str] = []
+
+    def push(self, what: str, action: Callable[[], Awaitable[None] | None]) -> None:
+        """Undo by `action`. It must be idempotent and cope with what it undoes being half done: push, then do."""
+        self._stack.push_async_callback(self._run, what, action)
+
+    async def _run(self, what: str, action: Callable[[], Awaitable[None] | None]) -> None:
+        try:
+            pending = action()
+            if pending is not None:
+                await asyncio.wait_for(pending, STEP_LIMIT)
+        except Exception as error:
+            self.failed.append(what)
+            log.exception("could not undo", what=what, error=repr(error))
