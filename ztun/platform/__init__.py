@@ -1,0 +1,26 @@
+"""What differs between operating systems. This is the only place that looks at sys.platform."""
+
+from __future__ import annotations
+
+import sys
+
+if sys.platform == "darwin":
+    from ztun.platform.darwin import (
+        interface_addresses,
+        make_classifier,
+        make_routes,
+        make_socket_factory,
+        open_device,
+        sweep,
+    )
+else:
+    from ztun.platform.linux import (
+        interface_addresses,
+        make_classifier,
+        make_routes,
+        make_socket_factory,
+        open_device,
+        sweep,
+    )
+
+__all__ = ["interface_addresses", "make_classifier", "make_routes", "make_socket_factory", "open_device", "sweep"]

@@ -1,0 +1,51 @@
+"""The seams on Linux: TUN, rtnetlink, BPF."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ztun.platform.linux.addresses import interface_addresses
+from ztun.platform.linux.backends import choose
+from ztun.platform.linux.classifier import BpfClassifier, Capture
+from ztun.platform.linux.policy import RoutesClassifier
+from ztun.platform.linux.routes import TunRoutes
+from ztun.platform.linux.sockets import MarkedSockets
+from ztun.platform.linux.sweep import sweep
+from ztun.platform.linux.tun import TunDevice, open_tun
+
+__all__ = ["interface_addresses", "make_classifier", "make_routes", "make_socket_factory", "open_device", "sweep"]
+
+
+def open_device(name: str, mtu: int) -> TunDevice:
+    """Create the TUN. Raises ZtunError when the name is taken or we may not."""
+    return open_tun(name, mtu)
+
+
+def make_routes(
+    device: str, *, mtu: int, address: str, address6: str | None = None, ranges: Iterable[str] = ()
+) -> TunRoutes:
+    """Addresses (with prefix length), MTU and Fake-IP `ranges` (networks as text) of the open device `device`."""
+    return TunRoutes(device, mtu, [one for one in (address, address6) if one], ranges)
+
+
+def make_classifier(
+    backend: str,
+    device: str,
+    lan: Sequence[str],
+    *,
+    mark: int,
+    hijack_dns: bool,
+    fail: str,
+    own_addresses: Iterable[bytes],
+) -> BpfClassifier | RoutesClassifier:
+    """Load the classifier for the open device `device`; it captures nothing before `attach`.
+
+    backend: "auto", "bpf", "tcx", "clsact" or "routes"; fail: "open" or "closed"; own_addresses: packed.
+    Raises ZtunError.
+    """
+    return choose(backend, Capture(device, tuple(lan), mark, hijack_dns, fail == "closed", tuple(own_addresses)))
+
+
+def make_socket_factory(mark: int) -> MarkedSockets:
+    """A maker of non-blocking sockets with SO_MARK `mark`."""
+    return MarkedSockets(mark)

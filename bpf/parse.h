@@ -1,0 +1,166 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * IPv4 and IPv6 headers down to the ports of TCP and UDP.
+ *
+ * Everything is read with bpf_skb_load_bytes_relative() from the network header: that works for paged packets (GRO) and
+ * for interfaces without a link-layer header (WireGuard, PPP) alike. Each parser checks its bounds, advances the offset
+ * and says what comes next; a negative answer is -1 - a drop reason.
+ */
+#pragma once
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+
+#include "shared.h"
+
+#define DROPPED(reason) (-1 - (reason))
+#define REASON(result) (-1 - (result))
+
+#define IPV4_FRAGMENT_OFFSET 0x1fff
+#define IPV4_MORE_FRAGMENTS 0x2000
+#define IPV6_FRAGMENT_OFFSET 0xfff8
+#define IPV6_MORE_FRAGMENTS 0x0001
+#define IPV6_MAX_EXTENSIONS 8
+
+struct packet {
+	struct address6 source;      /* IPv4 as ::ffff:a.b.c.d (RFC 4291, 2.5.5.2) */
+	struct address6 destination;
+	__be32 destination4;
+	__u32 length;      /* octets of the IP packet, without link-layer header */
+	__u32 offset;      /* of what comes next, from the network header */
+	__u8 protocol;     /* what comes next */
+	__u8 is_ipv4;
+	__u8 is_fragment;  /* first or later: its ports decide nothing, so that all fragments go one way */
+	__be16 destination_port; /* 0: there is none */
+};
+
+static __always_inline int load(struct __sk_buff *skb, __u32 offset, void *to, __u32 length)
+{
+	return bpf_skb_load_bytes_relative(skb, offset, to, length, BPF_HDR_START_NET);
+}
+
+static __always_inline void map_ipv4(struct address6 *to, __be32 address)
+{
+	__builtin_memset(to, 0, 10);
+	to->octets[10] = to->octets[11] = 0xff;
+	__builtin_memcpy(&to->octets[12], &address, 4);
+}
+
+/* RFC 791, 3.1. The header checksum is left to whoever gets the packet. */
+static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *packet)
+{
+	struct iphdr header;
+	__u32 header_length, total;
+	__u16 fragment;
+
+	if (load(skb, 0, &header, sizeof(header)))
+		return DROPPED(DROP_TRUNCATED);
+	if (header.version != 4)
+		return DROPPED(DROP_BAD_VERSION);
+	header_length = header.ihl * 4;
+	if (header_length < sizeof(header) || header_length > packet->length)
+		return DROPPED(DROP_BAD_HEADER);
+	total = bpf_ntohs(header.tot_len);
+	/* BIG TCP: a super-segment beyond 64 KiB has a total length of 0. */
+	if (total == 0 && skb->gso_size)
+		total = packet->length;
+	if (total < header_length || total > packet->length)
+		return DROPPED(DROP_BAD_LENGTH);
+
+	map_ipv4(&packet->source, header.saddr);
+	map_ipv4(&packet->destination, header.daddr);
+	packet->destination4 = header.daddr;
+	packet->is_ipv4 = 1;
+	packet->length = total;
+	packet->offset = header_length;
+	packet->protocol = header.protocol;
+	fragment = bpf_ntohs(header.frag_off);
+	packet->is_fragment = (fragment & (IPV4_FRAGMENT_OFFSET | IPV4_MORE_FRAGMENTS)) != 0;
+	/* Beyond the first fragment there is payload where the ports would be. */
+	if (fragment & IPV4_FRAGMENT_OFFSET)
+		packet->protocol = IPPROTO_NONE;
+	return packet->protocol;
+}
+
+/* One extension header (RFC 8200, 4). Returns 1 to go on, 0 when the transport header is reached. */
+static __always_inline int parse_extension(struct __sk_buff *skb, struct packet *packet)
+{
+	__u8 header[4]; /* next header, length in units that depend, and for a fragment its offset */
+	__u16 fragment;
+	__u32 length;
+
+	switch (packet->protocol) {
+	case IPPROTO_HOPOPTS:
+	case IPPROTO_ROUTING:
+	case IPPROTO_DSTOPTS:
+	case IPPROTO_FRAGMENT:
+	case IPPROTO_AH:
+	case IPPROTO_MH:
+		break;
+	default:
+		return 0;
+	}
+	if (packet->offset + 8 > packet->length || load(skb, packet->offset, header, sizeof(header)))
+		return DROPPED(DROP_BAD_EXTENSION);
+	length = (header[1] + 1) * 8;
+	if (packet->protocol == IPPROTO_AH) /* RFC 4302, 2.2: in units of 4 octets, minus 2 */
+		length = (header[1] + 2) * 4;
+	if (packet->protocol == IPPROTO_FRAGMENT) {
+		length = 8;
+		fragment = header[2] << 8 | header[3];
+		if (fragment & (IPV6_FRAGMENT_OFFSET | IPV6_MORE_FRAGMENTS)) /* not an atomic fragment (RFC 6946) */
+			packet->is_fragment = 1;
+		if (fragment & IPV6_FRAGMENT_OFFSET)
+			header[0] = IPPROTO_NONE;
+	}
+	packet->offset += length;
+	packet->protocol = header[0];
+	if (packet->offset > packet->length)
+		return DROPPED(DROP_BAD_EXTENSION);
+	return 1;
+}
+
+/* RFC 8200, 3. */
+static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *packet)
+{
+	struct ipv6hdr header;
+	__u32 total;
+	int result = 1;
+
+	if (load(skb, 0, &header, sizeof(header)))
+		return DROPPED(DROP_TRUNCATED);
+	if (header.version != 6)
+		return DROPPED(DROP_BAD_VERSION);
+	total = sizeof(header) + bpf_ntohs(header.payload_len);
+	if (header.payload_len == 0 && skb->gso_size) /* BIG TCP, as above */
+		total = packet->length;
+	if (total > packet->length)
+		return DROPPED(DROP_BAD_LENGTH);
+
+	__builtin_memcpy(&packet->source, &header.saddr, 16);
+	__builtin_memcpy(&packet->destination, &header.daddr, 16);
+	packet->length = total;
+	packet->offset = sizeof(header);
+	packet->protocol = header.nexthdr;
+#pragma unroll
+	for (int i = 0; i < IPV6_MAX_EXTENSIONS; i++) {
+		result = parse_extension(skb, packet);
+		if (result <= 0)
+			break;
+	}
+	if (result > 0)
+		return DROPPED(DROP_BAD_EXTENSION);
+	return result < 0 ? result : packet->protocol;
+}
+
+/* The destination port stands in octets 2 and 3 of TCP (RFC 9293, 3.1) and UDP (RFC 768). */
+static __always_inline int parse_ports(struct __sk_buff *skb, struct packet *packet)
+{
+	if (packet->protocol != IPPROTO_TCP && packet->protocol != IPPROTO_UDP)
+		return 0;
+	if (packet->offset + 4 > packet->length ||
+	    load(skb, packet->offset + 2, &packet->destination_port, sizeof(packet->destination_port)))
+		return DROPPED(DROP_SHORT_TRANSPORT);
+	return 0;
+}

@@ -1,0 +1,205 @@
+"""The classifier in BPF: the Python half of bpf/classify.c."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import structlog
+
+from ztun.errors import ZtunError
+from ztun.platform.linux import layout, links, tables
+from ztun.platform.linux.bpf import Objects
+from ztun.platform.linux.hooks import Hook
+from ztun.platform.linux.layout import COUNTER, DECISION, SETTINGS, U32, U64
+from ztun.platform.linux.maps import Map, PerCpuCounters
+from ztun.platform.linux.netlink import NetlinkError, explain
+from ztun.ports import RULE_BUILTIN, RULE_DEFAULT, RULE_DNS, RULE_FAKE_IP, Prefix, Verdict
+
+log = structlog.get_logger("ztun.classifier")
+
+PROGRAMS = ("capture", "capture_l3", "reply")
+# Map name -> (key size, value size in bytes, kind as `bpftool map` names it).
+MAPS = {
+    "settings": (U32.size, SETTINGS.size, "array"),
+    "heartbeat": (U32.size, U64.size, "array"),
+    "prefixes4": (U32.size + 4, DECISION.size, "lpm_trie"),
+    "prefixes6": (U32.size + 16, DECISION.size, "lpm_trie"),
+    "learned4": (4, DECISION.size, "lru_hash"),
+    "learned6": (16, DECISION.size, "lru_hash"),
+    "own": (16, U32.size, "hash"),
+    "clients": (16, U32.size, "lru_hash"),
+    "counters": (U32.size, COUNTER.size, "percpu_array"),
+    "rules": (U32.size, COUNTER.size, "percpu_array"),
+}
+_ONLY = U32.pack(0)  # the key of an array with one element
+_BUILTIN_RULES = {RULE_DEFAULT, RULE_BUILTIN, RULE_FAKE_IP, RULE_DNS}
+
+MakeHook = Callable[[str, int, str], Hook]
+"""(program name, its descriptor, interface name) -> the program attached. Raises OSError or NetlinkError."""
+
+
+class Capture(NamedTuple):
+    """What to capture, from the configuration.
+
+    device: the TUN's name; lan: interface names; mark: of our own sockets; own_addresses: packed addresses of this
+    host.
+    """
+
+    device: str
+    lan: Sequence[str]
+    mark: int
+    hijack_dns: bool
+    fail_closed: bool
+    own_addresses: Sequence[bytes]
+
+
+class BpfClassifier:
+    """A ztun.ports.Classifier in the kernel. Owns `objects`.
+
+    fallback_reason: why the backend is not the first choice, None if it is.
+    """
+
+    def __init__(self, objects: Objects, backend: str, make_hook: MakeHook, capture: Capture) -> None:
+        self.backend = backend
+        self.fallback_reason: str | None = None
+        self._shared = layout.read_shared(layout.find_sources())
+        self._objects = objects
+        self._make_hook = make_hook
+        self._capture = capture
+        self._hooks: list[Hook] = []
+        self._maps = {name: Map(objects.maps[name], key, value) for name, (key, value, _) in MAPS.items()}
+        self._prefixes4 = tables.PrefixTable(self._maps["prefixes4"])
+        self._prefixes6 = tables.PrefixTable(self._maps["prefixes6"])
+        self._counters = PerCpuCounters(objects.maps["counters"])
+        self._rules = PerCpuCounters(objects.maps["rules"])
+        self._own: set[bytes] = set()
+        self._write_settings()
+        self.replace_own_addresses(capture.own_addresses)
+
+    def replace_rules(self, prefixes: Iterable[Prefix]) -> None:
+        """Make the prefix tables equal to `prefixes`, writing only what differs. Raises ZtunError if too many."""
+        by_length: dict[int, list[Prefix]] = {4: [], 16: []}
+        for prefix in prefixes:
+            by_length[len(prefix.network)].append(prefix)
+        self._prefixes4.replace(by_length[4])
+        self._prefixes6.replace(by_length[16])
+
+    def replace_own_addresses(self, addresses: Iterable[bytes]) -> None:
+        """Tell which addresses are this host's: never captured, not even their port 53."""
+        wanted = {tables.widen(address) for address in addresses}
+        self._maps["own"].update_many({address: U32.pack(1) for address in wanted - self._own})
+        self._maps["own"].delete_many(self._own - wanted)
+        self._own = wanted
+
+    def learn(self, address: bytes, verdict: Verdict, rule: int) -> None:
+        """Give one address its own verdict, ahead of the prefixes. The least recently used make room."""
+        table = self._maps["learned4" if len(address) == 4 else "learned6"]
+        table.update(address, DECISION.pack(verdict, rule, 0))
+
+    def forget(self) -> None:
+        """Forget all that was learned: the rules that gave it are no more."""
+        for name in ("learned4", "learned6"):
+            table = self._maps[name]
+            table.delete_many([key for key, _ in table.items()])
+
+    def heartbeat(self) -> None:
+        """Say that the gateway is alive; bpf_ktime_get_ns() reads CLOCK_MONOTONIC too."""
+        self._maps["heartbeat"].update(_ONLY, U64.pack(time.monotonic_ns()))
+
+    def attach(self) -> None:
+        """Start to capture. Idempotent. Raises ZtunError naming the interface; then nothing is attached."""
+        if self._hooks:
+            return
+        self.heartbeat()
+        try:
+            # The way back first, so that no reply of a captured packet takes the wrong one.
+            self._hook("reply", self._capture.device)
+            for ifname in self._capture.lan:
+                index = links.find_index(ifname, "capture.lan")
+                self._hook("capture" if links.has_link_header(index) else "capture_l3", ifname)
+        except BaseException:
+            self._detach()
+            raise
+
+    def _hook(self, name: str, ifname: str) -> None:
+        try:
+            self._hooks.append(self._make_hook(name, self._objects.programs[name], ifname))
+        except NetlinkError as error:
+            raise ZtunError(f"cannot attach {name} to {ifname} ({self.backend}): {explain(error)}") from error
+        except OSError as error:
+            raise ZtunError(f"cannot attach {name} to {ifname} ({self.backend}): {error.strerror}") from error
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """Verdict, drop reason or pass reason (the names of bpf/shared.h) -> {"packets", "bytes"}."""
+        return {name: self._counted(self._counters, index) for index, name in self._shared.counter_names().items()}
+
+    def rule_counters(self) -> dict[int, dict[str, int]]:
+        """Rule id -> {"packets", "bytes"} of the packets that the kernel decided by it."""
+        offset = self._shared.constants["RULE_OFFSET"]
+        known = _BUILTIN_RULES | self._prefixes4.rules() | self._prefixes6.rules()
+        highest = self._shared.constants["MAX_RULES"]
+        return {rule: self._counted(self._rules, rule + offset) for rule in sorted(known) if rule < highest}
+
+    @staticmethod
+    def _counted(counters: PerCpuCounters, index: int) -> dict[str, int]:
+        packets, octets = counters.read(index)
+        return {"packets": packets, "bytes": octets}
+
+    def snapshot(self) -> dict[str, Any]:
+        """{"programs": [{"name", "hook", "ifname", "id"}], "maps": [{"name", "type", "entries"}]}."""
+        entries = {
+            "settings": [self._describe_settings()],
+            "heartbeat": [self._describe_heartbeat()],
+            "prefixes4": self._prefixes4.describe(),
+            "prefixes6": self._prefixes6.describe(),
+            "learned4": list(tables.describe_learned(self._maps["learned4"])),
+            "learned6": list(tables.describe_learned(self._maps["learned6"])),
+            "own": [{"address": tables.show_address(address)} for address in sorted(self._own)],
+            "clients": self._describe_clients(),
+            "counters": [{"counter": name, **values} for name, values in self.counters().items()],
+            "rules": [{"rule": rule, **values} for rule, values in self.rule_counters().items()],
+        }
+        maps = [{"name": name, "type": MAPS[name][2], "entries": entries[name]} for name in MAPS]
+        return {"programs": [hook.describe() for hook in self._hooks], "maps": maps}
+
+    def close(self) -> None:
+        """Detach and unload. Idempotent."""
+        self._detach()
+        self._objects.close()
+
+    def _detach(self) -> None:
+        while self._hooks:
+            try:
+                self._hooks.pop().close()
+            except (NetlinkError, OSError) as error:
+                log.warning("program not detached", error=str(error))
+
+    def _write_settings(self) -> None:
+        capture, constants = self._capture, self._shared.constants
+        flags = constants["SETTING_HIJACK_DNS"] if capture.hijack_dns else 0
+        flags |= constants["SETTING_FAIL_CLOSED"] if capture.fail_closed else 0
+        index = links.find_index(capture.device, "tun.name")
+        self._maps["settings"].update(_ONLY, SETTINGS.pack(index, capture.mark, flags, 0))
+
+    def _describe_settings(self) -> dict[str, Any]:
+        capture = self._capture
+        return {
+            "tun": capture.device,
+            "mark": capture.mark,
+            "hijack_dns": capture.hijack_dns,
+            "fail": "closed" if capture.fail_closed else "open",
+        }
+
+    def _describe_heartbeat(self) -> dict[str, Any]:
+        beat = U64.unpack(self._maps["heartbeat"].lookup(_ONLY) or bytes(U64.size))[0]
+        return {"age_ms": (time.monotonic_ns() - beat) // 1_000_000 if beat else None}
+
+    def _describe_clients(self) -> list[dict[str, Any]]:
+        names = dict(socket.if_nameindex())
+        found = sorted(self._maps["clients"].items())
+        return [
+            {"address": tables.show_address(key), "ifname": names.get(U32.unpack(value)[0], "")} for key, value in found
+        ]

@@ -1,0 +1,25 @@
+"""What must be known about an interface before a program is attached to it."""
+
+from __future__ import annotations
+
+import socket
+
+from ztun.errors import ConfigError
+from ztun.platform.linux import netlink
+
+# Devices whose packets start at the IP header: dev_is_mac_header_xmit() in include/linux/if_arp.h.
+_BARE_TYPES = frozenset({512, 519, 768, 769, 776, 778, 823, 0xFFFE, 0xFFFF})
+
+
+def find_index(ifname: str, key: str) -> int:
+    """The index of an interface. Raises ConfigError naming the configuration `key` it came from."""
+    try:
+        return socket.if_nametoindex(ifname)
+    except OSError as error:
+        known = ", ".join(name for _, name in socket.if_nameindex() if name != "lo")
+        raise ConfigError(f"{key}: there is no interface {ifname}; there are {known}") from error
+
+
+def has_link_header(index: int) -> bool:
+    """Whether packets of this interface have a MAC header (Ethernet, bridges) or none (WireGuard, PPP)."""
+    return netlink.run(lambda ip: ip.get_links(index)[0]["ifi_type"]) not in _BARE_TYPES

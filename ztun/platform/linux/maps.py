@@ -1,0 +1,136 @@
+"""BPF maps as mappings of bytes to bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+from ztun.platform.linux.bpfcall import (
+    MAP_DELETE_ELEM,
+    MAP_LOOKUP_BATCH,
+    MAP_LOOKUP_ELEM,
+    MAP_UPDATE_BATCH,
+    MAP_UPDATE_ELEM,
+    attributes,
+    bpf,
+)
+
+# Entries handed over in one system call. More than any bucket of a hash holds, as lookups in batches need.
+_BATCH = 4096
+_COUNT_OFFSET = 32  # of `count` among the batch attributes of union bpf_attr
+
+_Memory = ctypes.Array[ctypes.c_char]
+
+
+def _hold(data: bytes) -> _Memory:
+    return ctypes.create_string_buffer(data, len(data))
+
+
+class Map:
+    """One map, keys and values in the layout that bpf/shared.h gives them. Raises OSError as bpf(2) says."""
+
+    def __init__(self, fd: int, key_size: int, value_size: int) -> None:
+        self._fd = fd
+        self._key_size = key_size
+        self._value_size = value_size
+
+    def update(self, key: bytes, value: bytes) -> None:
+        held_key, held_value = _hold(key), _hold(value)
+        addresses = ctypes.addressof(held_key), ctypes.addressof(held_value)
+        bpf(MAP_UPDATE_ELEM, attributes("=I4xQQQ", self._fd, *addresses, 0))
+
+    def lookup(self, key: bytes) -> bytes | None:
+        held_key, value = _hold(key), ctypes.create_string_buffer(self._value_size)
+        addresses = ctypes.addressof(held_key), ctypes.addressof(value)
+        try:
+            bpf(MAP_LOOKUP_ELEM, attributes("=I4xQQQ", self._fd, *addresses, 0))
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+        return value.raw
+
+    def delete(self, key: bytes) -> bool:
+        """Remove one entry. False when there was none (an LRU map may have been quicker)."""
+        held_key = _hold(key)
+        try:
+            bpf(MAP_DELETE_ELEM, attributes("=I4xQ", self._fd, ctypes.addressof(held_key)))
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return False
+            raise
+        return True
+
+    def update_many(self, entries: Mapping[bytes, bytes]) -> None:
+        """Write all entries, thousands with one system call."""
+        pairs = list(entries.items())
+        for start in range(0, len(pairs), _BATCH):
+            some = pairs[start : start + _BATCH]
+            keys, values = _hold(b"".join(key for key, _ in some)), _hold(b"".join(value for _, value in some))
+            code, done = self._batch(MAP_UPDATE_BATCH, 0, 0, keys, values, len(some))
+            if code:
+                raise OSError(code, f"{os.strerror(code)} (entry {start + done} of {len(pairs)})")
+
+    def delete_many(self, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            self.delete(key)
+
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """All entries, read in batches while the programs go on changing them."""
+        keys = ctypes.create_string_buffer(self._key_size * _BATCH)
+        values = ctypes.create_string_buffer(self._value_size * _BATCH)
+        token = ctypes.create_string_buffer(max(self._key_size, 8))
+        start = code = 0
+        while code != errno.ENOENT:
+            code, count = self._batch(MAP_LOOKUP_BATCH, start, ctypes.addressof(token), keys, values, _BATCH)
+            if code not in (0, errno.ENOENT):
+                raise OSError(code, os.strerror(code))
+            start = ctypes.addressof(token)
+            yield from zip(_cut(keys, self._key_size, count), _cut(values, self._value_size, count), strict=True)
+
+    def _batch(self, command: int, start: int, end: int, keys: _Memory, values: _Memory, count: int) -> tuple[int, int]:
+        """(errno or 0, number of entries done)."""
+        addresses = ctypes.addressof(keys), ctypes.addressof(values)
+        attr = attributes("=QQQQIIQQ", start, end, *addresses, count, self._fd, 0, 0)
+        code = 0
+        try:
+            bpf(command, attr)
+        except OSError as error:
+            code = error.errno or errno.EIO
+        return code, struct.unpack_from("=I", attr.raw, _COUNT_OFFSET)[0]
+
+
+class PerCpuCounters:
+    """A per-CPU array of struct counter."""
+
+    _PAIR = struct.Struct("=QQ")
+
+    def __init__(self, fd: int) -> None:
+        # The kernel gives one value for each possible CPU, in one piece.
+        self._map = Map(fd, 4, self._PAIR.size * possible_cpus())
+
+    def read(self, index: int) -> tuple[int, int]:
+        """(packets, bytes) at `index`, summed over the CPUs."""
+        values = self._map.lookup(struct.pack("=I", index)) or b""
+        packets = octets = 0
+        for more_packets, more_octets in self._PAIR.iter_unpack(values):
+            packets += more_packets
+            octets += more_octets
+        return packets, octets
+
+
+@cache
+def possible_cpus() -> int:
+    """The number of CPUs this machine may ever have, as per-CPU maps count them."""
+    last = Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")[-1]
+    return int(last.split("-")[-1]) + 1
+
+
+def _cut(memory: _Memory, size: int, count: int) -> list[bytes]:
+    raw = memory.raw
+    return [raw[n * size : (n + 1) * size] for n in range(count)]

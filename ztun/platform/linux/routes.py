@@ -1,0 +1,128 @@
+"""Addresses and routes of the TUN device.
+
+All that is set here hangs on ztun's own interface, so it also goes when the process dies.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterable
+from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network, ip_interface, ip_network
+from typing import Any
+
+import structlog
+
+from ztun.errors import ZtunError
+from ztun.platform.linux import netlink, sysctl
+
+log = structlog.get_logger("ztun.routes")
+
+# Marks our routes and ip rules (rtnetlink(7), rtm_protocol). 122 is "z", in nobody's rt_protos.
+PROTOCOL = 122
+# 500 packets, the kernel's choice, overflow under the bursts of a few fast flows.
+QUEUE_LENGTH = 4000
+_IFA_F_NODAD = 0x02
+
+Interface = IPv4Interface | IPv6Interface
+Network = IPv4Network | IPv6Network
+
+
+class TunRoutes:
+    """A ztun.ports.Routes: brings the TUN up, gives it its addresses, and routes the Fake-IP ranges into it."""
+
+    def __init__(self, device: str, mtu: int, addresses: Iterable[str], ranges: Iterable[str]) -> None:
+        self._device = device
+        self._mtu = mtu
+        self._addresses: list[Interface] = [ip_interface(address) for address in addresses]
+        self._ranges: list[Network] = [ip_network(network) for network in ranges]
+        self._is_up = False
+
+    def up(self) -> None:
+        """Set the link up with addresses and routes. Raises ZtunError naming what the kernel refused."""
+        if self._is_up:
+            return
+        self._set_sysctls()
+        try:
+            netlink.run(self._install)
+        except netlink.NetlinkError as error:
+            raise ZtunError(f"cannot set up {self._device}: {netlink.explain(error)}") from error
+        self._is_up = True
+
+    def down(self) -> None:
+        """Take addresses (and with them the routes) away and the link down. The sysctls go with the device."""
+        if not self._is_up:
+            return
+        self._is_up = False
+        try:
+            netlink.run(self._remove)
+        except netlink.NetlinkError as error:
+            log.warning("device not taken down", device=self._device, error=netlink.explain(error))
+
+    def snapshot(self) -> dict[str, Any]:
+        """{"routes": [{"destination", "device", "protocol"}], "ip_rules": []}."""
+        return {"routes": netlink.run(self._list) if self._is_up else [], "ip_rules": []}
+
+    def _set_sysctls(self) -> None:
+        settings = sysctl.Sysctls()
+        # A packet from the TUN has the address of a server that is reached elsewhere. The stricter of `all` and the
+        # interface holds, except that loose (2) wins over strict (1): Documentation/networking/ip-sysctl.rst.
+        settings.set(f"ipv4/conf/{self._device}/rp_filter", "2")
+        settings.set(f"ipv6/conf/{self._device}/disable_ipv6", "0")
+        settings.set(f"ipv6/conf/{self._device}/accept_ra", "0")
+        # No link-local address of the kernel's own: it would send router solicitations and MLD reports into ztun.
+        settings.set(f"ipv6/conf/{self._device}/addr_gen_mode", "1")
+
+    def _usable_addresses(self) -> list[Interface]:
+        if sysctl.read(f"ipv6/conf/{self._device}/disable_ipv6") == "0":
+            return self._addresses
+        left_out = [str(address) for address in self._addresses if address.version == 6]
+        if left_out:
+            log.warning("this kernel has no IPv6: going on without", addresses=left_out)
+        return [address for address in self._addresses if address.version == 4]
+
+    def _install(self, ip: Any) -> None:
+        index = socket.if_nametoindex(self._device)
+        ip.link("set", index=index, mtu=self._mtu, txqlen=QUEUE_LENGTH, state="up")
+        addresses = self._usable_addresses()
+        for address in addresses:
+            flags = {"flags": _IFA_F_NODAD} if address.version == 6 else {}
+            where = {"index": index, "address": str(address.ip), "prefixlen": address.network.prefixlen}
+            netlink.ignoring([errno.EEXIST], ip.addr, "add", **where, **flags)
+        versions = {address.version for address in addresses}
+        for network in self._uncovered_ranges():
+            if network.version in versions:
+                ip.route("replace", dst=str(network), oif=index, proto=PROTOCOL, **_family(network))
+
+    def _uncovered_ranges(self) -> list[Network]:
+        """The ranges that the connected routes of the addresses do not bring to the TUN already."""
+        connected = [address.network for address in self._addresses]
+        return [
+            network
+            for network in self._ranges
+            if not any(network.version == own.version and network.subnet_of(own) for own in connected)  # type: ignore[arg-type]
+        ]
+
+    def _remove(self, ip: Any) -> None:
+        try:
+            index = socket.if_nametoindex(self._device)
+        except OSError:
+            return
+        ip.flush_addr(index=index)
+        ip.link("set", index=index, state="down")
+
+    def _list(self, ip: Any) -> list[dict[str, Any]]:
+        index = socket.if_nametoindex(self._device)
+        found = []
+        for route in ip.get_routes(oif=index, table=254):
+            destination = netlink.attribute(route, "RTA_DST")
+            if destination is None or netlink.attribute(route, "RTA_OIF") != index:
+                continue
+            protocol = "ztun" if route["proto"] == PROTOCOL else "kernel"
+            where = f"{destination}/{route['dst_len']}"
+            found.append({"destination": where, "device": self._device, "protocol": protocol})
+        return found
+
+
+def _family(network: Network) -> dict[str, int]:
+    return {"family": socket.AF_INET if network.version == 4 else socket.AF_INET6}

@@ -1,0 +1,78 @@
+"""The prefix and address tables of the classifier: maps whose values are struct decision."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ztun.errors import ZtunError
+from ztun.platform.linux.layout import DECISION, U32
+from ztun.platform.linux.maps import Map
+from ztun.ports import Prefix, Verdict
+
+_MAPPED = b"\0" * 10 + b"\xff\xff"  # ::ffff:0:0/96 (RFC 4291, 2.5.5.2)
+
+
+class PrefixTable:
+    """An LPM trie that knows what it holds, so that only differences are written."""
+
+    def __init__(self, trie: Map) -> None:
+        self._trie = trie
+        self._installed: dict[bytes, tuple[Verdict, int]] = {}
+
+    def replace(self, prefixes: Iterable[Prefix]) -> None:
+        """Make the trie equal to `prefixes`, all of one address family. Hits of what stays are kept.
+
+        Raises ZtunError when there are more than the map takes.
+        """
+        wanted = {U32.pack(prefix.length) + prefix.network: (prefix.verdict, prefix.rule) for prefix in prefixes}
+        changed = {key: value for key, value in wanted.items() if self._installed.get(key) != value}
+        # New ones first: an address never falls through to a shorter prefix on the way.
+        try:
+            self._trie.update_many({key: DECISION.pack(verdict, rule, 0) for key, (verdict, rule) in changed.items()})
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise ZtunError(f"{len(wanted)} prefixes are more than the kernel table takes: use fewer") from error
+            raise
+        self._trie.delete_many(self._installed.keys() - wanted.keys())
+        self._installed = wanted
+
+    def rules(self) -> set[int]:
+        """The ids of the rules that decided something here."""
+        return {rule for _, rule in self._installed.values()}
+
+    def describe(self) -> list[dict[str, Any]]:
+        """[{"prefix", "verdict", "rule", "hits"}], in the order of addresses."""
+        entries = sorted(self._trie.items(), key=lambda item: (item[0][U32.size :], item[0]))
+        return [{"prefix": _show_prefix(key), **_show_decision(value)} for key, value in entries]
+
+
+def describe_learned(table: Map) -> Iterator[dict[str, Any]]:
+    """{"address", "verdict", "rule", "hits"} of each learned address."""
+    for key, value in table.items():
+        yield {"address": show_address(key), **_show_decision(value)}
+
+
+def widen(address: bytes) -> bytes:
+    """A packed address as 16 bytes, IPv4 as ::ffff:a.b.c.d: the keys of the maps that take both families."""
+    return _MAPPED + address if len(address) == 4 else address
+
+
+def show_address(packed: bytes) -> str:
+    """4 or 16 bytes as text; an IPv4-mapped address as IPv4."""
+    if packed.startswith(_MAPPED):
+        packed = packed[len(_MAPPED) :]
+    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
+
+
+def _show_prefix(key: bytes) -> str:
+    network = key[U32.size :]
+    family = socket.AF_INET if len(network) == 4 else socket.AF_INET6
+    return f"{socket.inet_ntop(family, network)}/{U32.unpack_from(key)[0]}"
+
+
+def _show_decision(value: bytes) -> dict[str, Any]:
+    verdict, rule, hits = DECISION.unpack(value)
+    return {"verdict": Verdict(verdict).name.lower(), "rule": rule, "hits": hits}

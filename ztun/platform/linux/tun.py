@@ -1,0 +1,117 @@
+"""The TUN device: IP packets with a virtio_net_hdr in front, super-segments kept whole.
+
+Sources: Linux Documentation/networking/tuntap.rst, include/uapi/linux/if_tun.h, drivers/net/tun.c.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Sequence
+
+from ztun.errors import ZtunError
+from ztun.ports import Buffer
+
+_CLONE_DEVICE = "/dev/net/tun"
+_TUNSETIFF = 0x400454CA
+_TUNSETOFFLOAD = 0x400454D0
+_TUNSETVNETHDRSZ = 0x400454D8
+_IFF_TUN = 0x0001
+_IFF_NO_PI = 0x1000
+_IFF_VNET_HDR = 0x4000
+_IFF_TUN_EXCL = 0x8000
+_TUN_F_CSUM = 0x01
+_TUN_F_TSO4 = 0x02
+_TUN_F_TSO6 = 0x04
+_IFNAMSIZ = 16
+_VNET_HEADER_SIZE = 10  # struct virtio_net_hdr, without num_buffers
+
+_readv = os.readv
+_writev = os.writev
+
+
+class TunDevice:
+    """A ztun.ports.PacketDevice on /dev/net/tun. It is not persistent: it goes with its file descriptor.
+
+    `send_errors` counts what the kernel refused to take.
+    """
+
+    def __init__(self, name: str, mtu: int, fd: int) -> None:
+        self.name = name
+        self.mtu = mtu
+        self.send_errors = 0
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def recv_into(self, buffer: bytearray | memoryview) -> int:
+        """Read one packet, virtio_net_hdr first. Returns its length in bytes, 0 when there is none.
+
+        The buffer should hold 10 + 65535 bytes: what does not fit is lost (tun_put_user truncates).
+        Raises OSError when the device is gone.
+        """
+        try:
+            return _readv(self._fd, (buffer,))
+        except BlockingIOError:
+            return 0
+
+    def send(self, buffers: Sequence[Buffer]) -> bool:
+        """Write one packet given in pieces, virtio_net_hdr first. False when the kernel refused it."""
+        try:
+            _writev(self._fd, buffers)
+        except OSError:
+            self.send_errors += 1
+            return False
+        return True
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def open_tun(name: str, mtu: int) -> TunDevice:
+    """Create the TUN device `name` in this network namespace. `mtu` in bytes is set by TunRoutes.up().
+
+    Raises ZtunError when the name is taken, the kernel has no TUN, or we may not.
+    """
+    encoded = name.encode()
+    if not 0 < len(encoded) < _IFNAMSIZ:
+        raise ZtunError(f"tun.name {name!r}: an interface name has 1 to 15 bytes")
+    fd = _open_clone_device()
+    try:
+        _configure(fd, encoded)
+    except OSError as error:
+        os.close(fd)
+        raise ZtunError(_explain(name, error)) from error
+    return TunDevice(name, mtu, fd)
+
+
+def _open_clone_device() -> int:
+    try:
+        return os.open(_CLONE_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise ZtunError(f"{_CLONE_DEVICE} is missing: load the tun module (modprobe tun)") from error
+    except OSError as error:
+        raise ZtunError(f"cannot open {_CLONE_DEVICE}: {error.strerror}; run as root or with CAP_NET_ADMIN") from error
+
+
+def _configure(fd: int, name: bytes) -> None:
+    # IFF_TUN_EXCL: never take over a device that somebody else made persistent.
+    flags = _IFF_TUN | _IFF_NO_PI | _IFF_VNET_HDR | _IFF_TUN_EXCL
+    fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name, flags))
+    fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", _VNET_HEADER_SIZE))
+    fcntl.ioctl(fd, _TUNSETOFFLOAD, _TUN_F_CSUM | _TUN_F_TSO4 | _TUN_F_TSO6)
+
+
+def _explain(name: str, error: OSError) -> str:
+    if error.errno in (errno.EBUSY, errno.EEXIST):
+        return f"interface {name} exists already: another ztun is running (ztun down), or choose another tun.name"
+    if error.errno == errno.EPERM:
+        return f"cannot create {name}: not permitted; run as root or with CAP_NET_ADMIN"
+    if error.errno == errno.EINVAL:
+        return f"cannot create {name}: not a name for an interface, or a kernel without vnet headers; check tun.name"
+    return f"cannot create {name}: {error.strerror}"
