@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+
+import pytest
+import uvloop
+
+from . import peers
+from .support import Sockets
+
+
+@pytest.fixture(params=["asyncio", "uvloop"], scope="session")
+def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLoopPolicy:
+    """Every test runs on both loops: they differ in how a socket with an error wakes its reader."""
+    return asyncio.DefaultEventLoopPolicy() if request.param == "asyncio" else uvloop.EventLoopPolicy()
+
+
+@pytest.fixture
+def sockets() -> Iterator[Sockets]:
+    """A SocketFactory. After the test every socket that it made must be marked and closed."""
+    factory = Sockets(socket.socket)
+    yield factory
+    factory.check()
+
+
+@pytest.fixture(scope="session")
+def microsocks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with peers.microsocks(tmp_path_factory.mktemp("microsocks")) as port:
+        yield port
+
+
+@pytest.fixture(scope="session")
+def microsocks_auth(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with peers.microsocks(tmp_path_factory.mktemp("microsocks"), auth=True) as port:
+        yield port
+
+
+@pytest.fixture(scope="session")
+def dante(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with peers.dante(tmp_path_factory.mktemp("dante")) as port:
+        yield port
+
+
+@pytest.fixture(scope="session")
+def dante_auth(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with peers.dante(tmp_path_factory.mktemp("dante"), auth=True) as port:
+        yield port
+
+
+@pytest.fixture(scope="session")
+def tinyproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with peers.tinyproxy(tmp_path_factory.mktemp("tinyproxy")) as port:
+        yield port
+
+
+@pytest.fixture(scope="session")
+def tinyproxy_auth(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with peers.tinyproxy(tmp_path_factory.mktemp("tinyproxy"), auth=True) as port:
+        yield port

@@ -1,0 +1,153 @@
+"""Real programs to talk to, each with a hosts file of its own: the names in it are known to nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shlex
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+LONG_NAME = ".".join(("a" * 63, "b" * 63, "c" * 63, "d" * 61))  # 253 characters, the longest name there is
+HOSTS = f"""\
+127.0.0.1 localhost four.example
+::1 six.example
+127.0.0.1 {LONG_NAME}
+"""
+USER, PASSWORD = "walter", "correct-horse"
+# The password above; crypt(3) with SHA-512
+SHADOW = (
+    f"{USER}:$6$ztun$Al2vWkk7GAKVxN5mSbuLTiJyGDjDAK4Pfm4FU"
+    "UdMTDuCzbW4Gy8NRDF9bfooOg/tubuwJ0WVqYEqzc.ly0IOQ1:19000::::::\n"
+)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback addresses that nobody listens on."""
+    with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as sock:
+        sock.bind(("::", 0))
+        return int(sock.getsockname()[1])
+
+
+@contextlib.contextmanager
+def program(directory: Path, port: int, *command: str, host: str = "127.0.0.1") -> Iterator[None]:
+    """Run `command`, which listens on `port`, with HOSTS as its hosts file and USER as an account of its own."""
+    (directory / "hosts").write_text(HOSTS)
+    (directory / "passwd").write_text(Path("/etc/passwd").read_text() + f"{USER}:x:65533:65533::/:/usr/sbin/nologin\n")
+    (directory / "shadow").write_text(SHADOW)
+    binds = "".join(f"mount --bind {directory / name} /etc/{name} && " for name in ("hosts", "passwd", "shadow"))
+    log = (directory / "log").open("wb")
+    process = subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", f"{binds} exec {shlex.join(command)}"], stdout=log, stderr=log
+    )
+    try:
+        _wait_for(process, host, port)
+        yield
+    finally:
+        process.terminate()
+        process.wait(5)
+        log.close()
+
+
+def _wait_for(process: subprocess.Popen[bytes], host: str, port: int) -> None:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"{process.args!r} ended with {process.returncode}"
+        with contextlib.suppress(OSError), socket.create_connection((host, port), 1):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{process.args!r} does not listen on port {port}")
+
+
+@contextlib.contextmanager
+def microsocks(directory: Path, *, auth: bool = False, host: str = "127.0.0.1") -> Iterator[int]:
+    """A SOCKS5 server; gives its port."""
+    port = free_port()
+    options = ("-u", USER, "-P", PASSWORD) if auth else ()
+    with program(directory, port, "microsocks", "-i", host, "-p", str(port), *options, host=host):
+        yield port
+
+
+@contextlib.contextmanager
+def dante(directory: Path, *, auth: bool = False) -> Iterator[int]:
+    """Dante's SOCKS5 server; it blocks 127.0.0.66. Gives its port."""
+    port = free_port()
+    (directory / "danted.conf").write_text(f"""\
+logoutput: {directory}/danted.log
+internal: 127.0.0.1 port = {port}
+external: lo
+external.rotation: same-same
+socksmethod: {"username" if auth else "none"}
+clientmethod: none
+user.privileged: root
+user.unprivileged: nobody
+client pass {{ from: 0.0.0.0/0 to: 0.0.0.0/0 }}
+socks block {{ from: 0.0.0.0/0 to: 127.0.0.66/32 }}
+socks pass {{ from: 0.0.0.0/0 to: 0.0.0.0/0 command: connect udpassociate udpreply }}
+""")
+    command = ("danted", "-f", str(directory / "danted.conf"), "-p", str(directory / "danted.pid"))
+    with program(directory, port, *command):
+        yield port
+
+
+@contextlib.contextmanager
+def tinyproxy(directory: Path, *, auth: bool = False) -> Iterator[int]:
+    """An HTTP proxy that blocks the name blocked.example and CONNECT to port 7. Gives its port."""
+    port = free_port()
+    (directory / "filter").write_text("blocked.example\n")
+    (directory / "tinyproxy.conf").write_text(f"""\
+Port {port}
+Listen 127.0.0.1
+User nobody
+MaxClients 100
+Filter "{directory}/filter"
+FilterType fnmatch
+LogFile "{directory}/tinyproxy.log"
+{f"BasicAuth {USER} {PASSWORD}" if auth else ""}
+""")
+    directory.chmod(0o755)
+    with program(directory, port, "tinyproxy", "-d", "-c", str(directory / "tinyproxy.conf")):
+        yield port
+
+
+@contextlib.asynccontextmanager
+async def banner_server(host: str = "127.0.0.1") -> AsyncIterator[int]:
+    """A server that speaks first, then echoes, and ends when the client does. Gives its port."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            writer.write(b"220 ready\r\n")
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, host, 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def converse(sock: socket.socket) -> None:
+    """Hear the banner of `banner_server`, be echoed, and hang up."""
+    loop = asyncio.get_running_loop()
+    with sock:
+        assert await read_exactly(sock, 11) == b"220 ready\r\n"
+        await loop.sock_sendall(sock, b"hello")
+        assert await read_exactly(sock, 5) == b"hello"
+
+
+async def read_exactly(sock: socket.socket, size: int) -> bytes:
+    """Read `size` bytes, fewer when the stream ends before."""
+    data = b""
+    while len(data) < size:
+        piece = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, size - len(data)), 5)
+        if not piece:
+            break
+        data += piece
+    return data
