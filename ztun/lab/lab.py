@@ -7,8 +7,10 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -16,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from ztun.lab import plan
 from ztun.lab.namespace import Namespace
@@ -24,10 +26,20 @@ from ztun.lab.servers import Server, servers
 from ztun.lab.ztun import Ztun, complete
 
 _serial = itertools.count()
+_QUERY = re.compile(r"query\[(\w+)\] (\S+) from (\S+)")
+_ETH_P_ALL = 3  # linux/if_ether.h
 _NO_DAD = {"ipv6/conf/all/accept_dad": "0", "ipv6/conf/default/accept_dad": "0"}  # else addresses wait a second
 _HOST = {**_NO_DAD, "ipv6/conf/all/accept_ra": "0", "ipv6/conf/default/accept_ra": "0"}
 _ROUTER = {**_HOST, "ipv4/ip_forward": "1", "ipv6/conf/all/forwarding": "1"}
 _INTERNET = {**_ROUTER, "ipv6/ip_nonlocal_bind": "1"}
+
+
+class DnsQuery(NamedTuple):
+    """One question, as dnsmasq logs it. source: the address that asked."""
+
+    type: str
+    name: str
+    source: str
 
 
 class Lab:
@@ -136,11 +148,24 @@ class Lab:
         path = self.directory / "journal"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def dns_queries(self) -> list[str]:
-        """The names that were asked of the resolver in upstream, in order, each as "TYPE name"."""
+    def dns_queries(self) -> list[DnsQuery]:
+        """What was asked of the resolver in upstream, in order."""
         lines = (self.directory / "dnsmasq.log").read_text().splitlines()
-        words = [line.split("query[", 1)[1].split() for line in lines if "query[" in line]
-        return [f"{word[0].rstrip(']')} {word[1]}" for word in words]
+        return [DnsQuery(*found.groups()) for line in lines if (found := _QUERY.search(line))]
+
+    @contextlib.contextmanager
+    def watching(self, namespace: Namespace, ifname: str) -> Iterator[list[bytes]]:
+        """All packets that pass an interface while the context lasts, from the network header on (packet(7))."""
+        packets: list[bytes] = []
+        with namespace.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL)) as sock:
+            with namespace.entered():
+                sock.bind((ifname, _ETH_P_ALL))
+            sock.setblocking(False)
+            yield packets
+            time.sleep(0.05)  # for what is on its way
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    packets.append(sock.recv(65535))
 
     # -- building
 

@@ -128,7 +128,7 @@ def main() -> None:
         plan.FIN_FIRST_PORT: fin_first,
     }
     threads = [threading.Thread(target=serve_tcp, args=(port, handler, journal)) for port, handler in handlers.items()]
-    for address in (plan.UPSTREAM4, plan.UPSTREAM6, plan.SITE4, plan.SITE6, plan.DIRECT4, plan.DIRECT6):
+    for address in (plan.UPSTREAM4, plan.UPSTREAM6, *plan.INTERNET4, *plan.INTERNET6):
         threads.append(threading.Thread(target=serve_udp, args=(plan.ECHO_PORT, address, False)))
         threads.append(threading.Thread(target=serve_udp, args=(plan.WHOAMI_PORT, address, True)))
     for thread in threads:

@@ -22,6 +22,8 @@ SITE4 = "203.0.113.10"
 SITE6 = "2001:db8::10"
 DIRECT4 = "198.51.100.10"
 DIRECT6 = "2001:db8:1::10"
+SHARED4 = "198.51.100.20"  # for rules that an address alone does not decide
+SHARED6 = "2001:db8:1::20"
 BLOCKED4 = "203.0.113.66"
 BLOCKED6 = "2001:db8::66"
 RESOLVER_ELSEWHERE4 = "198.51.100.53"
@@ -30,8 +32,8 @@ SILENT4 = "203.0.113.98"  # swallows everything: a connection attempt runs into 
 UNREACHABLE4 = "203.0.113.99"  # answered with ICMP host unreachable, by the proxy with the SOCKS reply of that name
 UNREACHABLE6 = "2001:db8::99"
 
-INTERNET4 = (SITE4, DIRECT4, BLOCKED4, RESOLVER_ELSEWHERE4, SILENT4)
-INTERNET6 = (SITE6, DIRECT6, BLOCKED6, RESOLVER_ELSEWHERE6)
+INTERNET4 = (SITE4, DIRECT4, SHARED4, BLOCKED4, RESOLVER_ELSEWHERE4, SILENT4)
+INTERNET6 = (SITE6, DIRECT6, SHARED6, BLOCKED6, RESOLVER_ELSEWHERE6)
 
 # name -> addresses, as the resolver in upstream gives them
 NAMES: dict[str, tuple[str, ...]] = {
@@ -46,6 +48,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "telemetry.test": (BLOCKED4, BLOCKED6),
     "unreachable.test": (UNREACHABLE4,),
     "silent.test": (SILENT4,),
+    "shared.test": (SHARED4, SHARED6),
 }
 BULK_DOMAIN = "bulk.test"  # every name below it is SITE4, SITE6
 

@@ -19,11 +19,20 @@ from ztun.lab.namespace import Namespace
 _MAIN = "import sys; from ztun.cli import main; sys.exit(main())"
 START_DEADLINE = 15.0  # seconds; bcc compiles on the way
 
+_CREDENTIALS = {"username": plan.PROXY_USER, "password": plan.PROXY_PASSWORD}
+_PROXY = f"{plan.UPSTREAM4}:"
+PROXIES: list[dict[str, str]] = [
+    {"tag": "socks", "type": "socks5", "server": f"{_PROXY}{plan.SOCKS_PORT}"},
+    {"tag": "socks-auth", "type": "socks5", "server": f"{_PROXY}{plan.SOCKS_AUTH_PORT}", **_CREDENTIALS},
+    {"tag": "socks-udp", "type": "socks5", "server": f"{_PROXY}{plan.SOCKS_UDP_PORT}"},
+    {"tag": "http", "type": "http", "server": f"{_PROXY}{plan.HTTP_PROXY_PORT}"},
+    {"tag": "http-auth", "type": "http", "server": f"{_PROXY}{plan.HTTP_PROXY_AUTH_PORT}", **_CREDENTIALS},
+]
+"""The outbounds of every run in the lab; "socks-udp" can do UDP ASSOCIATE and is the fast one."""
+
 
 def complete(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     """`config` laid over what every run in the lab needs: interfaces, resolver, proxies, and files that are its own."""
-    proxy4 = f"{plan.UPSTREAM4}:"
-    credentials = {"username": plan.PROXY_USER, "password": plan.PROXY_PASSWORD}
     base = {
         "capture": {"lan": ["lan0"]},
         "dns": {
@@ -31,13 +40,7 @@ def complete(config: dict[str, Any], directory: Path) -> dict[str, Any]:
             "servers": [f"udp://{plan.UPSTREAM4}:53"],
             "fake_ip": {"store": str(directory / "fake-ip.db")},
         },
-        "outbounds": [
-            {"tag": "socks", "type": "socks5", "server": f"{proxy4}{plan.SOCKS_PORT}"},
-            {"tag": "socks-auth", "type": "socks5", "server": f"{proxy4}{plan.SOCKS_AUTH_PORT}", **credentials},
-            {"tag": "socks-udp", "type": "socks5", "server": f"{proxy4}{plan.SOCKS_UDP_PORT}"},
-            {"tag": "http", "type": "http", "server": f"{proxy4}{plan.HTTP_PROXY_PORT}"},
-            {"tag": "http-auth", "type": "http", "server": f"{proxy4}{plan.HTTP_PROXY_AUTH_PORT}", **credentials},
-        ],
+        "outbounds": PROXIES,
         "route": {"default": "direct"},
         "control": {"socket": str(directory / "control.sock")},
     }

@@ -1,0 +1,1 @@
+"""The gateway at work: real clients, a real kernel, real servers. Needs root."""
