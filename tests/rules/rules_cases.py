@@ -35,11 +35,13 @@ def make_network(value: int, length: int, bits: int) -> Network:
 
 @st.composite
 def networks_of_few_addresses(draw: st.DrawFn) -> st.SearchStrategy[Network]:
-    """Prefixes of any length around three addresses of a family, so that most are nested."""
+    """Prefixes of any length around a few addresses of each family, so that most are nested or side by side."""
     places = []
     for bits in (32, 128):
-        addresses = draw(st.lists(st.integers(0, (1 << bits) - 1), min_size=1, max_size=3))
-        places += [(address, bits) for address in addresses]
+        top = (1 << bits) - 1
+        value = draw(st.integers(0, top))
+        end = value | (1 << draw(st.integers(0, bits))) - 1  # the last address of some network around it
+        places += [(address, bits) for address in (value, end, end + 1 & top)]
     return st.sampled_from(places).flatmap(
         lambda place: st.integers(0, place[1]).map(lambda length: make_network(place[0], length, place[1]))
     )

@@ -7,10 +7,10 @@ from itertools import pairwise
 import rules_oracle as naive
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rules_cases import NAMES, World, addresses, flows, worlds
+from rules_cases import NAMES, World, addresses, edges_of, flows, networks_of_few_addresses, worlds
 
 from ztun.ports import Prefix, Verdict
-from ztun.rules import NameKind, Rules, compile_prefixes, verdict_of
+from ztun.rules import NameKind, Rule, Rules, compile_prefixes, verdict_of
 
 
 def make_rules(world: World) -> Rules:
@@ -57,6 +57,18 @@ def test_the_rule_named_in_the_table_is_one_that_covers_the_address(world: World
         assert naive.address_part(world.rules[found.rule], address, world.around, world.countries)
     if found.verdict is not Verdict.TUNNEL and found.rule >= 0:
         assert verdict_of(world.rules[found.rule].outbound) is found.verdict
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_networks_and_countries_of_a_rule_are_intersected(data: st.DataObject) -> None:
+    networks = st.lists(data.draw(networks_of_few_addresses()), min_size=1, max_size=4)
+    wanted, country = data.draw(networks), data.draw(networks)
+    rules = Rules([Rule("office", ip_cidr=tuple(wanted), geoip=("de",))], "direct")
+    table = compile_prefixes(rules, (), (), (), {"de": country}.__getitem__)
+    for address in edges_of([*wanted, *country]):
+        is_both = naive.covered(address, wanted) and naive.covered(address, country)
+        assert (naive.longest_match(table, address).verdict is Verdict.TUNNEL) == is_both
 
 
 @settings(max_examples=200, deadline=None)
