@@ -73,7 +73,7 @@ def say_bytes(count: int) -> str:
 def say_duration(seconds: float) -> str:
     """A time span in its two largest units, e.g. "3 h 12 min"."""
     left = int(seconds)
-    parts = []
+    parts: list[str] = []
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         count, left = divmod(left, length)
         if count or (unit == "s" and not parts):

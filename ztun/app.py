@@ -1,0 +1,369 @@
+"""The composition root: makes the parts, joins them, runs them until asked to stop, and undoes all of it.
+
+The order is that of what may fail and of what may be seen. What can be wrong in the settings is found before anything
+is changed; capturing comes last, when everything behind it works. Whatever fails midway, what was done is undone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from typing import Any
+
+import structlog
+
+from ztun import __version__, machine, platform
+from ztun.config import Settings, to_rules
+from ztun.control.lock import InstanceLock
+from ztun.control.notify import notify
+from ztun.control.server import ControlServer
+from ztun.errors import ConfigError, ZtunError
+from ztun.gateway.dns import DnsService
+from ztun.gateway.gateway import Gateway, GatewayOptions
+from ztun.geoip import CountryDatabase
+from ztun.lifecycle import StopRequest, Undo, unless
+from ztun.names.pool import FakeIpPool
+from ztun.names.store import SqliteNameStore
+from ztun.outbound import OutboundSpec, make_outbounds
+from ztun.ports import Classifier, Outbound, PacketDevice, Routes
+from ztun.rules import Rules, Surroundings, compile_prefixes, make_surroundings
+
+log = structlog.get_logger("ztun.app")
+
+# Marks ztun's own sockets (SO_MARK), so that they are never captured: "zt" in ASCII.
+MARK = 0x7A74
+# The classifier takes the gateway for dead after a second without a sign.
+HEARTBEAT_INTERVAL = 0.2
+Announce = Callable[[Mapping[str, Any]], None]
+# Empty sections, so that the keys of `status --json` are there from the first moment on.
+_NO_STATISTICS: dict[str, Any] = {
+    "tcp": {"active": 0, "total": 0},
+    "udp": {"active": 0, "total": 0},
+    "icmp": {},
+    "dns": {},
+    "pool": {},
+    "outbounds": {},
+    "drops": {},
+}
+
+
+async def run(settings: Settings, announce: Announce) -> int:
+    """Run a gateway until a signal or `ztun down` ends it. Returns the exit code.
+
+    announce: called once, when it works, with what was done (see Instance.summary). Raises ConfigError or ZtunError
+    when it cannot start; everything is undone by then.
+    """
+    machine.require_privilege()
+    asyncio.get_running_loop().set_exception_handler(_log_loop_error)
+    stop = StopRequest()
+    with stop.signals():
+        async with AsyncExitStack() as stack:
+            undo = Undo(stack)
+            instance = Instance(settings, stop, undo)
+            if await unless(stop.asked, instance.start()) is not None:
+                announce(instance.summary())
+                notify(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=running")
+                gc.collect()
+                gc.freeze()  # what is here now stays: later collections need not look at it
+                await stop.asked.wait()
+            instance.state = "stopping"
+            notify("STOPPING=1")
+    if undo.failed:
+        raise ZtunError(f"stopped, but could not undo: {', '.join(undo.failed)}; the log has the reasons")
+    return 0
+
+
+class Instance:
+    """The parts of one running gateway."""
+
+    def __init__(self, settings: Settings, stop: StopRequest, undo: Undo) -> None:
+        self.settings = settings
+        self.state = "starting"
+        self._stop = stop
+        self._undo = undo
+        self._started = time.monotonic()
+        self._loop = asyncio.get_running_loop()
+        self._classifier: Classifier | None = None
+        self._routes: Routes | None = None
+        self._gateway: Gateway | None = None
+        self._outbounds: dict[str, Outbound] = {}
+        self._names: FakeIpPool | None = None
+        self._listen: list[str] = []
+        self._servers: list[str] = []
+        self._prefixes = 0
+        self._notes: list[str] = []
+
+    async def start(self) -> bool:
+        """Make and join everything, capturing last. Raises ConfigError or ZtunError. Returns True."""
+        await self._claim()
+        addresses = [machine.InterfaceAddress(*found) for found in platform.interface_addresses()]
+        await self._check(addresses)
+        rules = self._make_rules(addresses)
+        # A step that takes long (compiling BPF) is followed by one that lets a signal or `ztun down` get a word in.
+        await asyncio.sleep(0)
+        await self._make_parts(rules, addresses)
+        await asyncio.sleep(0)
+        self._capture()
+        self.state = "running"
+        return True
+
+    async def _claim(self) -> None:
+        path = self.settings.control.socket
+        lock = InstanceLock(path)
+        self._undo.push("the instance lock", lock.release)
+        lock.acquire()
+        control = ControlServer(path, status=self.status, routes=self.routes, stop=self._stop.ask)
+        self._undo.push("the control socket", control.close)
+        await control.start()
+
+    async def _check(self, addresses: list[machine.InterfaceAddress]) -> None:
+        settings = self.settings
+        machine.require_interfaces(settings.capture.lan)
+        own = [entry.ip for entry in addresses]
+        if "listen" in settings.dns.model_fields_set:
+            self._listen = list(settings.dns.listen)
+            await machine.check_listen(self._listen, [*own, *self._tun_addresses()])
+            return
+        self._listen, taken = await machine.default_listen(settings.capture.lan, addresses)
+        for problem in taken:
+            log.warning("not answering DNS there", at=problem, remedy="set dns.listen, or stop that program")
+            self._notes.append(f"no DNS on {problem}")
+
+    def _tun_addresses(self) -> list[machine.IpAddress]:
+        tun = self.settings.tun
+        return [interface.ip for interface in (tun.address, tun.address6) if interface is not None]
+
+    def _surroundings(self, addresses: list[machine.InterfaceAddress]) -> Surroundings:
+        fake = self.settings.dns.fake_ip
+        ranges = [network for network in (fake.range, fake.range6) if network is not None]
+        return make_surroundings([(entry.address, entry.length) for entry in addresses], ranges)
+
+    def _make_rules(self, addresses: list[machine.InterfaceAddress]) -> Rules:
+        country = None
+        path = self.settings.route.geoip_database
+        if path is not None:
+            database = CountryDatabase(path)
+            self._undo.push("the country database", database.close)
+            country = database.country
+        return to_rules(self.settings, country).placed_in(self._surroundings(addresses))
+
+    def _sweep(self) -> None:
+        for line in platform.sweep(self.settings.tun.name):
+            log.warning("removed what an earlier instance left behind", what=line)
+            self._notes.append(f"removed left-over: {line}")
+
+    async def _make_parts(self, rules: Rules, addresses: list[machine.InterfaceAddress]) -> None:
+        device = self._make_device()
+        self._make_classifier(device, rules, addresses)
+        names = self._make_names()
+        sockets = platform.make_socket_factory(MARK)
+        self._servers = self._choose_servers(addresses)
+        dns = DnsService(rules, names, self._servers, sockets, self._learner(rules))
+        self._outbounds = outbounds = self._make_outbounds(dns)
+        gateway = Gateway(
+            loop=self._loop,
+            device=device,
+            rules=rules,
+            names=names,
+            dns=dns,
+            outbounds=outbounds,
+            options=self._gateway_options(),
+        )
+        self._undo.push("the flows", gateway.stop)
+        gateway.start()
+        self._gateway = gateway
+        self._undo.push("the DNS service", dns.close)
+        await dns.start(self._listen)
+
+    def _make_device(self) -> PacketDevice:
+        tun, fake = self.settings.tun, self.settings.dns.fake_ip
+        device = platform.open_device(tun.name, tun.mtu)
+        self._undo.push("the TUN device", device.close)
+        self._sweep()
+        routes = platform.make_routes(
+            device.name,
+            mtu=tun.mtu,
+            address=str(tun.address),
+            address6=str(tun.address6) if tun.address6 is not None else None,
+            ranges=[str(network) for network in (fake.range, fake.range6) if network is not None],
+        )
+        self._undo.push("addresses and routes", routes.down)
+        routes.up()
+        self._routes = routes
+        return device
+
+    def _make_classifier(self, device: PacketDevice, rules: Rules, addresses: list[machine.InterfaceAddress]) -> None:
+        capture = self.settings.capture
+        classifier: Classifier = platform.make_classifier(
+            capture.backend,
+            device.name,
+            capture.lan,
+            mark=MARK,
+            hijack_dns=self.settings.dns.hijack,
+            fail=capture.fail,
+            own_addresses=[entry.address for entry in addresses],
+        )
+        self._classifier = classifier
+        self._undo.push("the classifier", self._close_classifier)
+        around = rules.surroundings
+        prefixes = compile_prefixes(rules, around.builtin_direct, around.own_networks, around.fake_ranges)
+        classifier.replace_rules(prefixes)
+        self._prefixes = len(prefixes)
+
+    def _close_classifier(self) -> None:
+        classifier, self._classifier = self._classifier, None  # ends the heartbeat as well
+        if classifier is not None:
+            classifier.close()
+
+    def _make_names(self) -> FakeIpPool:
+        fake = self.settings.dns.fake_ip
+        store = None
+        if fake.store is not None:
+            store = SqliteNameStore(str(fake.store), lambda line: log.warning(line))
+            self._undo.push("the store of Fake-IPs", store.close)
+        try:
+            return FakeIpPool(fake.range, fake.range6, fake.size, float(fake.ttl), store)
+        except ValueError as error:
+            raise ConfigError(f"dns.fake_ip.size: {error}") from None
+
+    def _make_outbounds(self, dns: DnsService) -> dict[str, Outbound]:
+        specs = [
+            OutboundSpec(
+                tag=outbound.tag,
+                type=outbound.type,
+                host=outbound.host,
+                port=outbound.port,
+                username=outbound.username,
+                password=outbound.password.get_secret_value() if outbound.password else None,
+            )
+            for outbound in self.settings.outbounds
+        ]
+        sockets = platform.make_socket_factory(MARK)
+        outbounds = make_outbounds(specs, sockets, self.settings.timeouts.dial, dns.resolve)
+        for outbound in outbounds.values():
+            self._undo.push(f"outbound {outbound.tag}", outbound.close)
+        return outbounds
+
+    def _gateway_options(self) -> GatewayOptions:
+        settings = self.settings
+        return GatewayOptions(
+            mtu=settings.tun.mtu,
+            hijack_dns=settings.dns.hijack,
+            tcp_idle=settings.timeouts.tcp_idle,
+            udp_idle=settings.timeouts.udp_idle,
+            buffers=settings.pool.buffers,
+        )
+
+    def _choose_servers(self, addresses: list[machine.InterfaceAddress]) -> list[str]:
+        dns = self.settings.dns
+        if "servers" in dns.model_fields_set:
+            return list(dns.servers)
+        return machine.default_servers(machine.read_resolv_conf(), self._listen, [entry.ip for entry in addresses])
+
+    def _learner(self, rules: Rules) -> Callable[[bytes, int, int], None]:
+        def learn(address: bytes, ttl: int, rule: int) -> None:
+            if self._classifier is not None:
+                self._classifier.learn(address, rules.learned_verdict(address, rule), rule)
+
+        return learn
+
+    def _capture(self) -> None:
+        assert self._classifier is not None
+        self._beat()
+        self._classifier.attach()
+
+    def _beat(self) -> None:
+        """Tell the classifier that we live; from the loop, so that a loop that hangs does not say so."""
+        if self._classifier is None:
+            return
+        self._classifier.heartbeat()
+        self._loop.call_later(HEARTBEAT_INTERVAL, self._beat)
+
+    # What the control socket tells.
+
+    def status(self) -> dict[str, Any]:
+        """The body of GET /status: the keys of `ztun status --json`."""
+        gateway = self._gateway.statistics() if self._gateway is not None else {}
+        statistics = {**_NO_STATISTICS, **gateway}
+        statistics["pool"] = {**statistics["pool"], **statistics.pop("buffers", {})}
+        statistics["outbounds"] = {tag: _describe_outbound(outbound) for tag, outbound in self._outbounds.items()}
+        return {
+            "state": self.state,
+            "uptime_s": round(time.monotonic() - self._started, 3),
+            "pid": os.getpid(),
+            "version": __version__,
+            **statistics,
+        }
+
+    def routes(self) -> dict[str, Any]:
+        """The body of GET /routes: the keys of `ztun routes --json`."""
+        if self._classifier is None or self._routes is None:
+            raise ZtunError(f"nothing is installed, the instance is {self.state}; try again in a moment")
+        return {
+            "backend": self._classifier.backend,
+            **self._routes.snapshot(),
+            **self._classifier.snapshot(),
+            "counters": self._classifier.counters(),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """What was done: the body of `ztun up --json`."""
+        assert self._classifier is not None
+        settings = self.settings
+        tag = settings.route.default
+        default = next((outbound for outbound in settings.outbounds if outbound.tag == tag), None)
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "tun": {
+                "name": settings.tun.name,
+                "mtu": settings.tun.mtu,
+                "addresses": [str(at) for at in (settings.tun.address, settings.tun.address6) if at is not None],
+            },
+            "lan": list(settings.capture.lan),
+            "backend": self._classifier.backend,
+            "dns": {"listen": self._listen, "hijack": settings.dns.hijack, "servers": self._servers},
+            "default": {
+                "tag": tag,
+                "type": default.type if default else tag,
+                "server": default.server if default else None,
+            },
+            "rules": {"rules": len(settings.route.rules), "prefixes": self._prefixes},
+            "control": str(settings.control.socket),
+            "notes": list(self._notes),
+        }
+
+
+def _describe_outbound(outbound: Outbound) -> dict[str, Any]:
+    statistics = getattr(outbound, "statistics", None)
+    return statistics() if statistics is not None else {"type": outbound.type}
+
+
+def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What nobody was waiting for. It cost one flow; the others go on."""
+    error = context.get("exception")
+    log.error(context.get("message", "unexpected error"), exc_info=error, error=repr(error))
+
+
+def run_until_stopped(settings: Settings, announce: Announce) -> int:
+    """`run` in an event loop of its own: uvloop with ZTUN_LOOP=uvloop in the environment, else that of asyncio."""
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(run(settings, announce))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    wanted = os.environ.get("ZTUN_LOOP", "asyncio")
+    if wanted == "asyncio":
+        return None
+    if wanted != "uvloop":
+        raise ConfigError(f"ZTUN_LOOP: {wanted!r} is no event loop; use asyncio or uvloop")
+    try:
+        import uvloop
+    except ImportError:
+        raise ConfigError("ZTUN_LOOP: uvloop is not installed; install it or leave the variable out") from None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory

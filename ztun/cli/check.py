@@ -1,0 +1,113 @@
+"""`ztun check FILE`: what a configuration would do. Nothing is changed and nobody is asked over the network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ztun.config import Settings, load, to_rules
+from ztun.config.models import RuleSettings
+from ztun.errors import ConfigError
+from ztun.geoip import CountryDatabase
+from ztun.rules import compile_prefixes, make_surroundings
+
+
+def run_check(file: Path, *, json: bool) -> int:
+    """Print what `file` would do; returns 0. Raises ConfigError with one line for each thing that is wrong.
+
+    With `json`, the errors are printed as JSON as well.
+    """
+    from ztun.cli.output import print_json
+
+    try:
+        settings = load(file, os.environ)
+        if settings.route.geoip_database is not None:
+            CountryDatabase(settings.route.geoip_database).close()
+        report = {"ok": True, "errors": [], **describe(settings)}
+    except ConfigError as error:
+        if json:
+            print_json({"ok": False, "errors": str(error).splitlines()})
+        raise
+    if json:
+        print_json(report)
+    else:
+        _show(file, report)
+    return 0
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    """What would be done, as `ztun check --json` prints it. prefixes: entries of the tables in the kernel."""
+    return {
+        "capture": {"lan": list(settings.capture.lan), "backend": settings.capture.backend},
+        "dns": {"listen": _listen(settings), "hijack": settings.dns.hijack, "servers": _servers(settings)},
+        "outbounds": [
+            {"tag": outbound.tag, "type": outbound.type, "server": outbound.server} for outbound in settings.outbounds
+        ],
+        "rules": [
+            {"rule": index, "conditions": say_conditions(rule), "outbound": rule.outbound}
+            for index, rule in enumerate(settings.route.rules)
+        ],
+        "default": settings.route.default,
+        "prefixes": count_prefixes(settings),
+    }
+
+
+def count_prefixes(settings: Settings) -> int:
+    """How many prefixes the rules compile to, apart from those of this machine's own addresses."""
+    fake = settings.dns.fake_ip
+    around = make_surroundings([], [network for network in (fake.range, fake.range6) if network is not None])
+    compiled = compile_prefixes(to_rules(settings), around.builtin_direct, around.own_networks, around.fake_ranges)
+    return len(compiled)
+
+
+def _listen(settings: Settings) -> list[str] | None:
+    return list(settings.dns.listen) if "listen" in settings.dns.model_fields_set else None
+
+
+def _servers(settings: Settings) -> list[str] | None:
+    return list(settings.dns.servers) if "servers" in settings.dns.model_fields_set else None
+
+
+def say_conditions(rule: RuleSettings) -> str:
+    """The conditions of a rule as one would say them: `domain_suffix corp.example, port 80 443`."""
+    parts = []
+    for name in type(rule).model_fields:
+        values = getattr(rule, name)
+        if name not in ("outbound", "priority") and values:
+            parts.append(f"{name} {_say_values(values)}")
+    if rule.priority:
+        parts.append(f"priority {rule.priority}")
+    return ", ".join(parts) or "everything"
+
+
+def _say_values(values: Sequence[Any], most: int = 4) -> str:
+    words = [_say_value(value) for value in values[:most]]
+    if len(values) > most:
+        words.append(f"and {len(values) - most} more")
+    return " ".join(words)
+
+
+def _say_value(value: Any) -> str:
+    if isinstance(value, tuple):  # ports
+        first, last = value
+        return str(first) if first == last else f"{first}-{last}"
+    return str(value)
+
+
+def _show(file: Path, report: dict[str, Any]) -> None:
+    print(f"{file}: good")
+    print(f"  captures   {', '.join(report['capture']['lan']) or 'no interface'} ({report['capture']['backend']})")
+    listen = report["dns"]["listen"]
+    print(
+        f"  dns        {'port 53 of the captured interfaces' if listen is None else ', '.join(listen) or 'no listener'}"
+    )
+    servers = report["dns"]["servers"]
+    print(f"  asks       {'the name servers of this system' if servers is None else ', '.join(servers)}")
+    for outbound in report["outbounds"]:
+        print(f"  outbound   {outbound['tag']}: {outbound['type']} {outbound['server']}")
+    for rule in report["rules"]:
+        print(f"  rule {rule['rule']:<5} {rule['conditions']} -> {rule['outbound']}")
+    print(f"  default    {report['default']}")
+    print(f"  prefixes   {report['prefixes']}")

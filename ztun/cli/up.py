@@ -1,0 +1,87 @@
+"""`ztun up`: settings from file, environment and options, then a gateway in the foreground until it is told to stop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ztun.config import Settings, load
+from ztun.errors import ConfigError
+
+
+def run_up(
+    config: Path | None,
+    *,
+    proxy: str | None,
+    lan: Sequence[str],
+    socket: Path | None,
+    log_level: str | None,
+    json: bool,
+) -> int:
+    """Run a gateway. Returns the exit code; raises ConfigError or ZtunError when it cannot start."""
+    settings = read_settings(config, proxy=proxy, lan=lan, socket=socket, log_level=log_level)
+    from ztun import log
+
+    log.configure(settings.log.level, settings.log.format, str(settings.log.file) if settings.log.file else None)
+    from ztun import app
+
+    return app.run_until_stopped(settings, _announce_json if json else _announce)
+
+
+def read_settings(
+    config: Path | None, *, proxy: str | None, lan: Sequence[str], socket: Path | None, log_level: str | None
+) -> Settings:
+    """The settings with the options over them. Raises ConfigError, also when there is nothing to do."""
+    environment = dict(os.environ)
+    if socket is not None:
+        environment["ZTUN_CONTROL__SOCKET"] = str(socket.absolute())
+    if log_level is not None:
+        environment["ZTUN_LOG__LEVEL"] = log_level
+    settings = load(config, environment, proxy=proxy, lan=lan)
+    if config is None and not settings.outbounds and not settings.route.rules:
+        raise ConfigError("nothing to do: give --config FILE or --proxy URL; see `ztun up --help`")
+    return settings
+
+
+def _announce_json(summary: Mapping[str, Any]) -> None:
+    from ztun.cli.output import print_json
+
+    print_json(dict(summary))
+    _flush()
+
+
+def _announce(summary: Mapping[str, Any]) -> None:
+    tun, rules = summary["tun"], summary["rules"]
+    lan = ", ".join(summary["lan"]) or "no interface (set capture.lan or --lan)"
+    lines = [
+        ("ztun", f"{summary['version']} is up, pid {summary['pid']}"),
+        ("tun", f"{tun['name']}, {', '.join(tun['addresses'])}, MTU {tun['mtu']}"),
+        ("captures", f"{lan}, by {summary['backend']}"),
+        ("dns", f"{', '.join(summary['dns']['listen']) or 'no listener'}{_say_hijack(summary)}"),
+        ("asks", ", ".join(summary["dns"]["servers"])),
+        ("default", f"{_say_outbound(summary)}, after {rules['rules']} rules in {rules['prefixes']} prefixes"),
+        ("control", summary["control"]),
+    ]
+    lines += [("note", note) for note in summary["notes"]]
+    for name, value in lines:
+        print(f"{name:<9} {value}")
+    _flush()
+
+
+def _say_hijack(summary: Mapping[str, Any]) -> str:
+    return "; queries to other servers are answered too" if summary["dns"]["hijack"] else ""
+
+
+def _say_outbound(summary: Mapping[str, Any]) -> str:
+    outbound = summary["default"]
+    return (
+        f"{outbound['tag']} ({outbound['type']} {outbound['server']})" if outbound["server"] else str(outbound["tag"])
+    )
+
+
+def _flush() -> None:
+    import sys
+
+    sys.stdout.flush()
