@@ -22,7 +22,7 @@ from ztun.control.lock import InstanceLock
 from ztun.control.notify import notify
 from ztun.control.server import ControlServer
 from ztun.errors import ConfigError, ZtunError
-from ztun.gateway.dns import DnsService
+from ztun.gateway.dns import DnsOptions, DnsService
 from ztun.gateway.gateway import Gateway, GatewayOptions
 from ztun.geoip import CountryDatabase
 from ztun.lifecycle import StopRequest, Undo, unless
@@ -162,7 +162,8 @@ class Instance:
         names = self._make_names()
         sockets = platform.make_socket_factory(MARK)
         self._servers = self._choose_servers(addresses)
-        dns = DnsService(rules, names, self._servers, sockets, self._learner(rules))
+        options = DnsOptions(fake_ttl=self.settings.dns.fake_ip.ttl)
+        dns = DnsService(rules, names, self._servers, sockets, self._learner(rules), options)
         self._outbounds = outbounds = self._make_outbounds(dns)
         gateway = Gateway(
             loop=self._loop,
@@ -209,6 +210,9 @@ class Instance:
         )
         self._classifier = classifier
         self._undo.push("the classifier", self._close_classifier)
+        reason = getattr(classifier, "fallback_reason", None)
+        if reason is not None:
+            self._notes.append(f"{classifier.backend} instead of the first choice: {reason}")
         around = rules.surroundings
         prefixes = compile_prefixes(rules, around.builtin_direct, around.own_networks, around.fake_ranges)
         classifier.replace_rules(prefixes)
@@ -272,6 +276,7 @@ class Instance:
         return learn
 
     def _capture(self) -> None:
+        """The last step: from here on the clients' packets come to us."""
         assert self._classifier is not None
         self._beat()
         self._classifier.attach()
