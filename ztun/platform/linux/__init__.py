@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from ztun.platform.linux.addresses import interface_addresses
 from ztun.platform.linux.backends import choose
-from ztun.platform.linux.classifier import BpfClassifier, Capture
+from ztun.platform.linux.capture import Capture
+from ztun.platform.linux.classifier import BpfClassifier
 from ztun.platform.linux.policy import RoutesClassifier
 from ztun.platform.linux.routes import TunRoutes
 from ztun.platform.linux.sockets import MarkedSockets

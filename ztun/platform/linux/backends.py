@@ -9,7 +9,8 @@ import structlog
 from ztun.errors import ConfigError, ZtunError
 from ztun.platform.linux import bpf, layout
 from ztun.platform.linux.bpfcall import has_tcx
-from ztun.platform.linux.classifier import MAPS, PROGRAMS, BpfClassifier, Capture
+from ztun.platform.linux.capture import Capture
+from ztun.platform.linux.classifier import MAPS, PROGRAMS, BpfClassifier
 from ztun.platform.linux.hooks import ClsactHook, TcxHook
 from ztun.platform.linux.netlink import NetlinkError, explain
 from ztun.platform.linux.policy import RoutesClassifier

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import structlog
 
 from ztun.errors import ZtunError
 from ztun.platform.linux import layout, links, tables
 from ztun.platform.linux.bpf import Objects
+from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.hooks import Hook
 from ztun.platform.linux.layout import COUNTER, DECISION, SETTINGS, U32, U64
 from ztun.platform.linux.maps import Map, PerCpuCounters
@@ -39,21 +40,6 @@ _BUILTIN_RULES = {RULE_DEFAULT, RULE_BUILTIN, RULE_FAKE_IP, RULE_DNS}
 
 MakeHook = Callable[[str, int, str], Hook]
 """(program name, its descriptor, interface name) -> the program attached. Raises OSError or NetlinkError."""
-
-
-class Capture(NamedTuple):
-    """What to capture, from the configuration.
-
-    device: the TUN's name; lan: interface names; mark: of our own sockets; own_addresses: packed addresses of this
-    host.
-    """
-
-    device: str
-    lan: Sequence[str]
-    mark: int
-    hijack_dns: bool
-    fail_closed: bool
-    own_addresses: Sequence[bytes]
 
 
 class BpfClassifier:

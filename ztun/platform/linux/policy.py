@@ -1,14 +1,280 @@
-"""Capturing without BPF: policy routing sends LAN traffic into the TUN."""
+"""Capturing without BPF: ip rules send what comes from the LAN to a table whose routes are the prefix table.
+
+An address matches the longest prefix of that table, as in the tries: a tunnelled prefix is a route into the TUN, a
+direct one `throw` (go on with the next table), a dropped one `blackhole`. See ip-rule(8) and ip-route(8).
+"""
 
 from __future__ import annotations
 
+import errno
+import socket
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import structlog
+
 from ztun.errors import ZtunError
-from ztun.platform.linux.classifier import Capture
+from ztun.platform.linux import links, netlink, sysctl
+from ztun.platform.linux.capture import Capture
+from ztun.platform.linux.routes import PROTOCOL
+from ztun.platform.linux.tables import show_address
+from ztun.ports import Prefix, Verdict
+
+log = structlog.get_logger("ztun.classifier")
+
+_RULE_PRIORITY = 31340  # before main (32766); port 53 one earlier
+_LEARNED = 4096
+# Far behind: what holds when the TUN and its routes are gone and nothing may pass ("fail": "closed").
+_LAST_METRIC = 0x7FFFFFFF
+_TYPES = {Verdict.DIRECT: "throw", Verdict.TUNNEL: "unicast", Verdict.DROP: "blackhole"}
+_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+_ABSENT = [errno.ESRCH, errno.ENOENT, errno.ENODEV, errno.EAFNOSUPPORT]
+
+Key = tuple[bytes, int]
+"""(packed network, prefix length)."""
+
+
+class Entry(NamedTuple):
+    verdict: Verdict
+    rule: int
 
 
 class RoutesClassifier:
+    """A ztun.ports.Classifier made of routes. It counts only what the TUN took, and cannot see ports but 53.
+
+    fallback_reason: why there is no BPF, None when routes were asked for.
+    """
+
     backend = "routes"
 
     def __init__(self, capture: Capture) -> None:
         self.fallback_reason: str | None = None
-        raise ZtunError("routes backend: being built")
+        self._capture = capture
+        self._index = links.find_index(capture.device, "tun.name")
+        self._prefixes: dict[Key, Entry] = {}
+        self._learned: OrderedDict[Key, Entry] = OrderedDict()
+        self._installed: dict[Key, Entry] = {}
+        self._sysctls = sysctl.Sysctls()
+        self._is_attached = False
+
+    def replace_rules(self, prefixes: Iterable[Prefix]) -> None:
+        """Make the table equal to `prefixes`, changing only what differs. Raises ZtunError."""
+        self._prefixes = {(prefix.network, prefix.length): Entry(prefix.verdict, prefix.rule) for prefix in prefixes}
+        self._synchronise(self._prefixes.keys() | self._learned.keys() | self._installed.keys())
+
+    def learn(self, address: bytes, verdict: Verdict, rule: int) -> None:
+        """Give one address its own route. The least recently learned makes room for it."""
+        key, entry = (address, len(address) * 8), Entry(verdict, rule)
+        self._learned[key] = entry
+        self._learned.move_to_end(key)
+        changed = {key}
+        if len(self._learned) > _LEARNED:
+            changed.add(self._learned.popitem(last=False)[0])
+        self._synchronise(changed)
+
+    def forget(self) -> None:
+        """Forget all that was learned."""
+        keys = set(self._learned)
+        self._learned.clear()
+        self._synchronise(keys)
+
+    def replace_own_addresses(self, addresses: Iterable[bytes]) -> None:
+        """Nothing to do: the kernel looks its own addresses up before any of our rules (table local)."""
+
+    def _synchronise(self, keys: Iterable[Key]) -> None:
+        wanted = {key: self._learned.get(key) or self._prefixes.get(key) for key in keys}
+        changes = {key: entry for key, entry in wanted.items() if self._installed.get(key) != entry}
+        if not changes:
+            return
+
+        def change(ip: Any) -> None:
+            for key, entry in changes.items():
+                self._change(ip, key, entry)
+
+        try:
+            netlink.run(change)
+        except netlink.NetlinkError as error:
+            raise ZtunError(f"cannot change routes of {self._capture.device}: {netlink.explain(error)}") from error
+
+    def _change(self, ip: Any, key: Key, entry: Entry | None) -> None:
+        before = self._installed.get(key)
+        if before is not None and (entry is None or entry.verdict != before.verdict):
+            self._delete(ip, key, before)
+        if entry is None:
+            self._installed.pop(key, None)
+            return
+        if before is None or entry.verdict != before.verdict:
+            self._add(ip, key, entry)
+        self._installed[key] = entry
+
+    def _add(self, ip: Any, key: Key, entry: Entry) -> None:
+        route = self._route(key, entry)
+        ip.route("replace", **route)
+        if entry.verdict == Verdict.TUNNEL and self._capture.fail_closed:
+            ip.route("replace", **self._barrier(key))
+
+    def _delete(self, ip: Any, key: Key, entry: Entry) -> None:
+        netlink.ignoring(_ABSENT, ip.route, "del", **self._route(key, entry))
+        if entry.verdict == Verdict.TUNNEL and self._capture.fail_closed:
+            netlink.ignoring(_ABSENT, ip.route, "del", **self._barrier(key))
+
+    def _route(self, key: Key, entry: Entry) -> dict[str, Any]:
+        network, length = key
+        route = {
+            "dst": f"{socket.inet_ntop(_family(network), network)}/{length}",
+            "family": _family(network),
+            "table": table_of(self._capture.device),
+            "proto": PROTOCOL,
+            "type": _TYPES[entry.verdict],
+        }
+        if entry.verdict == Verdict.TUNNEL:
+            route["oif"] = self._index
+        return route
+
+    def _barrier(self, key: Key) -> dict[str, Any]:
+        return {**self._route(key, Entry(Verdict.DROP, 0)), "priority": _LAST_METRIC}
+
+    def heartbeat(self) -> None:
+        """Nothing to do: routes into the TUN go with the process."""
+
+    def attach(self) -> None:
+        """Start to capture: ip rules and the sysctls that forwarding needs. Idempotent. Raises ZtunError."""
+        if self._is_attached:
+            return
+        for ifname in self._capture.lan:
+            links.find_index(ifname, "capture.lan")
+        self._is_attached = True
+        self._allow_forwarding()
+        try:
+            netlink.run(self._add_rules)
+        except netlink.NetlinkError as error:
+            self._detach()
+            raise ZtunError(f"cannot add ip rules: {netlink.explain(error)}") from error
+        log.warning(
+            "capturing with routes alone: no counters for each rule, learned names cost a route each",
+            sysctls=self._sysctls.changes(),
+        )
+
+    def _allow_forwarding(self) -> None:
+        """Replies from the TUN are forwarded by the kernel, here by interface and not for the whole host."""
+        for ifname in (self._capture.device, *self._capture.lan):
+            self._sysctls.set(f"ipv4/conf/{ifname}/forwarding", "1")
+            # Linux 6.17; before, IPv6 has one switch for all interfaces.
+            if not self._sysctls.set(f"ipv6/conf/{ifname}/force_forwarding", "1"):
+                self._allow_forwarding6()
+
+    def _allow_forwarding6(self) -> None:
+        if sysctl.read("ipv6/conf/all/forwarding") != "0":
+            return
+        # A forwarding interface ignores router advertisements, and would lose its default route, unless accept_ra is 2.
+        for _, ifname in socket.if_nameindex():
+            if sysctl.read(f"ipv6/conf/{ifname}/accept_ra") == "1":
+                self._sysctls.set(f"ipv6/conf/{ifname}/accept_ra", "2")
+            # What is written to `all` is written to each of them.
+            self._sysctls.keep(f"ipv6/conf/{ifname}/forwarding")
+        self._sysctls.set("ipv6/conf/all/forwarding", "1")
+
+    def _add_rules(self, ip: Any) -> None:
+        for family in self._families():
+            for rule in self._rules():
+                netlink.ignoring([errno.EEXIST], ip.rule, "add", family=family, **rule)
+            if self._capture.hijack_dns:
+                route = {"family": family, "oif": self._index, "table": dns_table_of(self._capture.device)}
+                ip.route("replace", dst="default", proto=PROTOCOL, **route)
+
+    def _families(self) -> list[int]:
+        has_ipv6 = sysctl.read(f"ipv6/conf/{self._capture.device}/disable_ipv6") == "0"
+        return list(_FAMILIES) if has_ipv6 else [socket.AF_INET]
+
+    def _rules(self) -> list[dict[str, Any]]:
+        table, dns_table = table_of(self._capture.device), dns_table_of(self._capture.device)
+        rules: list[dict[str, Any]] = []
+        for ifname in self._capture.lan:
+            from_lan = {"iifname": ifname, "protocol": PROTOCOL}
+            if self._capture.hijack_dns:
+                ports = {**from_lan, "dport_range": "53:53", "table": dns_table, "priority": _RULE_PRIORITY - 1}
+                rules += [{**ports, "ip_proto": number} for number in (socket.IPPROTO_UDP, socket.IPPROTO_TCP)]
+            rules.append({**from_lan, "table": table, "priority": _RULE_PRIORITY})
+        return rules
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """{"tunnel": {"packets", "bytes"}}: what the TUN took, from whoever. Routes count nothing else."""
+        statistics = netlink.run(lambda ip: netlink.attribute(ip.get_links(self._index)[0], "IFLA_STATS64"))
+        return {"tunnel": {"packets": statistics["tx_packets"], "bytes": statistics["tx_bytes"]}}
+
+    def snapshot(self) -> dict[str, Any]:
+        """No programs; one map, the table. Its ip rules are in TunRoutes.snapshot()."""
+        entries = [
+            {"prefix": f"{show_address(network)}/{length}", "verdict": entry.verdict.name.lower(), "rule": entry.rule}
+            for (network, length), entry in sorted(self._installed.items())
+        ]
+        table = {"name": f"table {table_of(self._capture.device)}", "type": "routes", "entries": entries}
+        return {"programs": [], "maps": [table]}
+
+    def close(self) -> None:
+        """Remove rules and routes and put the sysctls back. Idempotent."""
+        self._detach()
+        netlink.run(lambda ip: remove_policy(ip, self._capture.device))
+        self._installed.clear()
+
+    def _detach(self) -> None:
+        self._is_attached = False
+        self._sysctls.restore()
+
+
+def table_of(device: str) -> int:
+    """The number of the routing table of one TUN: the same for each start, another for each name."""
+    return 0x7A740000 | zlib.crc32(device.encode()) & 0xFFFE
+
+
+def dns_table_of(device: str) -> int:
+    """The table for port 53: everything into the TUN."""
+    return table_of(device) + 1
+
+
+def remove_policy(ip: Any, device: str) -> list[str]:
+    """Remove the ip rules and routes of the TUN `device`, a living one or a dead one's. Returns what it were."""
+    removed = []
+    ours = (table_of(device), dns_table_of(device))
+    for family in _FAMILIES:
+        for rule in list(ip.get_rules(family=family)):
+            if netlink.attribute(rule, "FRA_TABLE") in ours and netlink.attribute(rule, "FRA_PROTOCOL") == PROTOCOL:
+                netlink.ignoring(_ABSENT, ip.rule, "del", **_same_rule(rule))
+                removed.append(f"ip rule to table {netlink.attribute(rule, 'FRA_TABLE')}")
+        for table in ours:
+            routes = [one for one in ip.get_routes(family=family, table=table) if one["proto"] == PROTOCOL]
+            for route in routes:
+                netlink.ignoring(_ABSENT, ip.route, "del", **_same_route(route, table))
+            if routes:
+                removed.append(f"{len(routes)} routes of table {table}")
+    return removed
+
+
+def _same_rule(rule: Any) -> dict[str, Any]:
+    names = {
+        "FRA_TABLE": "table",
+        "FRA_IIFNAME": "iifname",
+        "FRA_PRIORITY": "priority",
+        "FRA_PROTOCOL": "protocol",
+        "FRA_IP_PROTO": "ip_proto",
+        "FRA_DPORT_RANGE": "dport_range",
+    }
+    found = {keyword: netlink.attribute(rule, name) for name, keyword in names.items()}
+    return {"family": rule["family"], **{keyword: value for keyword, value in found.items() if value is not None}}
+
+
+def _same_route(route: Any, table: int) -> dict[str, Any]:
+    destination = netlink.attribute(route, "RTA_DST") or ("0.0.0.0" if route["family"] == socket.AF_INET else "::")
+    return {
+        "family": route["family"],
+        "dst": f"{destination}/{route['dst_len']}",
+        "table": table,
+        "type": route["type"],
+        "priority": netlink.attribute(route, "RTA_PRIORITY") or 0,
+    }
+
+
+def _family(network: bytes) -> int:
+    return socket.AF_INET if len(network) == 4 else socket.AF_INET6

@@ -60,14 +60,20 @@ class TunRoutes:
             log.warning("device not taken down", device=self._device, error=netlink.explain(error))
 
     def snapshot(self) -> dict[str, Any]:
-        """{"routes": [{"destination", "device", "protocol"}], "ip_rules": []}."""
-        return {"routes": netlink.run(self._list) if self._is_up else [], "ip_rules": []}
+        """{"routes": [{"destination", "device", "protocol"}], "ip_rules": [{"priority", "iif", "table", …}]}.
+
+        The ip rules are those of the routes backend; with BPF there are none.
+        """
+        if not self._is_up:
+            return {"routes": [], "ip_rules": []}
+        return {"routes": netlink.run(self._list), "ip_rules": netlink.run(_list_rules)}
 
     def _set_sysctls(self) -> None:
         settings = sysctl.Sysctls()
-        # A packet from the TUN has the address of a server that is reached elsewhere. The stricter of `all` and the
-        # interface holds, except that loose (2) wins over strict (1): Documentation/networking/ip-sysctl.rst.
-        settings.set(f"ipv4/conf/{self._device}/rp_filter", "2")
+        # A packet from the TUN has the address of a server that is reached elsewhere. The higher of `all` and the
+        # interface holds, and loose is 2, strict 1 (Documentation/networking/ip-sysctl.rst).
+        loosest = "0" if sysctl.read("ipv4/conf/all/rp_filter") == "0" else "2"
+        settings.set(f"ipv4/conf/{self._device}/rp_filter", loosest)
         settings.set(f"ipv6/conf/{self._device}/disable_ipv6", "0")
         settings.set(f"ipv6/conf/{self._device}/accept_ra", "0")
         # No link-local address of the kernel's own: it would send router solicitations and MLD reports into ztun.
@@ -122,6 +128,29 @@ class TunRoutes:
             where = f"{destination}/{route['dst_len']}"
             found.append({"destination": where, "device": self._device, "protocol": protocol})
         return found
+
+
+def _list_rules(ip: Any) -> list[dict[str, Any]]:
+    found = []
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for rule in ip.get_rules(family=family):
+            if netlink.attribute(rule, "FRA_PROTOCOL") == PROTOCOL:
+                found.append(_describe_rule(rule))
+    return found
+
+
+def _describe_rule(rule: Any) -> dict[str, Any]:
+    ports = netlink.attribute(rule, "FRA_DPORT_RANGE")
+    described = {
+        "family": "ipv4" if rule["family"] == socket.AF_INET else "ipv6",
+        "priority": netlink.attribute(rule, "FRA_PRIORITY"),
+        "iif": netlink.attribute(rule, "FRA_IIFNAME"),
+        "table": netlink.attribute(rule, "FRA_TABLE"),
+    }
+    if ports:
+        described["ip_protocol"] = netlink.attribute(rule, "FRA_IP_PROTO")
+        described["port"] = int(ports.partition(":")[0])
+    return described
 
 
 def _family(network: Network) -> dict[str, int]:

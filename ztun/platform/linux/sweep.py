@@ -6,6 +6,7 @@ from typing import Any
 
 from ztun.platform.linux import netlink
 from ztun.platform.linux.hooks import remove_filters
+from ztun.platform.linux.policy import remove_policy
 
 
 def sweep(device: str) -> list[str]:
@@ -13,7 +14,7 @@ def sweep(device: str) -> list[str]:
 
     To be called once the device is open: to own its name proves that no other instance lives.
     """
-    return netlink.run(lambda ip: _sweep_filters(ip, device))
+    return netlink.run(lambda ip: _sweep_filters(ip, device) + remove_policy(ip, device))
 
 
 def _sweep_filters(ip: Any, device: str) -> list[str]:

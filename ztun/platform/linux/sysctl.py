@@ -35,6 +35,12 @@ class Sysctls:
         self._before.append((key, before))
         return True
 
+    def keep(self, key: str) -> None:
+        """Put this key back too, though something else is going to change it."""
+        before = read(key)
+        if before is not None:
+            self._before.append((key, before))
+
     def changes(self) -> list[str]:
         """The keys that differ now because of us, with their values: "ipv4.ip_forward = 1"."""
         keys = dict.fromkeys(key for key, _ in self._before)
