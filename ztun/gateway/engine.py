@@ -15,6 +15,7 @@ log = structlog.get_logger("ztun.engine")
 
 # Packets read before others in the event loop get their turn: at most 4 MiB of payload, some milliseconds.
 _BATCH = 64
+_TRIM_INTERVAL = 5.0  # seconds between looks at how many buffers were not needed
 
 
 class Engine:
@@ -33,9 +34,11 @@ class Engine:
         self._buffer = pool.get()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = NEVER
+        self._trimmer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         self.loop.add_reader(self._device.fileno(), self._readable)
+        self._trim()
 
     def stop(self) -> None:
         """Stop reading and say what is left to say."""
@@ -44,6 +47,9 @@ class Engine:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._trimmer is not None:
+            self._trimmer.cancel()
+            self._trimmer = None
 
     def send(self) -> None:
         """Hand everything in the stack's outbox to the device, and look at the clock of the stack again."""
@@ -77,6 +83,10 @@ class Engine:
                 buffer = self._buffer = self.pool.get()
         stack.flush(now)
         self.send()
+
+    def _trim(self) -> None:
+        self.pool.trim()
+        self._trimmer = self.loop.call_later(_TRIM_INTERVAL, self._trim)
 
     def _failed(self) -> None:
         """A defect of ours must cost one packet, not the gateway."""

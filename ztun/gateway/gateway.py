@@ -254,7 +254,8 @@ class Gateway:
             "buffers": {
                 "allocated": self._buffers.allocated,
                 "reused": self._buffers.reused,
-                "released": self._buffers.released,
+                "freed": self._buffers.freed,
+                "free": len(self._buffers),
             },
             "device": {"read": self.engine.read, "written": self.engine.written, "refused": self.engine.refused},
             "drops": dict(stack.drops),

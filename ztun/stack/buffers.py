@@ -4,28 +4,50 @@ from __future__ import annotations
 
 
 class BufferPool:
-    """Hands out writable views of `size` bytes and takes them back. At most `keep` are held for reuse."""
+    """Hands out writable views of `size` bytes and takes them back.
 
-    __slots__ = ("_free", "allocated", "keep", "released", "reused", "size")
+    Up to `most` free ones are held while there is work; `trim`, called now and then, lets go of those that nobody
+    needed since the last call, down to `keep`.
+    """
 
-    def __init__(self, size: int = 65536 + 64, keep: int = 32) -> None:
+    __slots__ = ("_free", "_spare", "allocated", "freed", "keep", "most", "reused", "size")
+
+    def __init__(self, size: int = 65536 + 64, keep: int = 32, most: int = 1024) -> None:
         self.size = size
         self.keep = keep
-        self._free: list[memoryview] = []
+        self.most = max(most, keep)
         self.allocated = 0
         self.reused = 0
-        self.released = 0
+        self.freed = 0
+        self._free: list[memoryview] = []
+        self._spare = 0  # the fewest that were free since the last trim
+
+    def __len__(self) -> int:
+        """How many are free."""
+        return len(self._free)
 
     def get(self) -> memoryview:
         """A buffer with undefined content."""
         if self._free:
             self.reused += 1
-            return self._free.pop()
+            buffer = self._free.pop()
+            if len(self._free) < self._spare:
+                self._spare = len(self._free)
+            return buffer
         self.allocated += 1
         return memoryview(bytearray(self.size))
 
     def release(self, buffer: memoryview) -> None:
         """Give a buffer back. The caller promises that no view of it is read any more."""
-        self.released += 1
-        if len(self._free) < self.keep:
+        if len(self._free) < self.most:
             self._free.append(buffer)
+        else:
+            self.freed += 1
+
+    def trim(self) -> None:
+        """Let go of what was not needed since the last call."""
+        surplus = min(self._spare, len(self._free) - self.keep)
+        if surplus > 0:
+            del self._free[:surplus]
+            self.freed += surplus
+        self._spare = len(self._free)

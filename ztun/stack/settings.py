@@ -11,7 +11,7 @@ class StackSettings:
 
     mtu: int = 1500
     receive_buffer: int = 1 << 20  # what a connection may hold for an outbound that is slower than its client
-    send_buffer: int = 4 << 20  # unacknowledged bytes towards one client
+    send_buffer: int = 4194304  # unacknowledged bytes towards one client
     max_connections: int = 65536
     max_half_open: int = 4096
     max_time_wait: int = 16384

@@ -68,7 +68,7 @@ class Stack:
         self.listener = listener
         self.settings = settings
         self.isn = isn
-        self.pool = pool or BufferPool()
+        self.pool = BufferPool() if pool is None else pool
         self.timers = TimerQueue()
         self.outbox: list[Packet] = []
         self.ack_later: list[Connection] = []
