@@ -17,9 +17,9 @@ from ztun.control.lock import AlreadyRunning, InstanceLock
 from ztun.errors import ZtunError
 
 HOLD = """
-import sys
+import pathlib, sys
 from ztun.control import lock
-lock.NAMESPACE_ADDRESS = sys.argv[2]
+lock.NAMESPACE_DIRECTORY = pathlib.Path(sys.argv[2])
 instance = lock.InstanceLock(sys.argv[1])
 instance.acquire()
 print("held", flush=True)
@@ -28,19 +28,18 @@ sys.stdin.read()
 
 
 @pytest.fixture(autouse=True)
-def own_name(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Tests may run beside a real instance: they claim another name than it does."""
-    name = f"\0ztun-test-{os.getpid()}"
-    monkeypatch.setattr(lock, "NAMESPACE_ADDRESS", name)
-    return name
+def namespace(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the locks of network namespaces lie: not where those of real instances do."""
+    directory = tmp_path_factory.mktemp("namespace")
+    monkeypatch.setattr(lock, "NAMESPACE_DIRECTORY", directory)
+    return directory
 
 
 @contextmanager
-def holder(path: Path, name: str = "") -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the lock of `path`; `name` stands for its network namespace."""
-    name = name or f"@elsewhere-{os.getpid()}"
+def holder(path: Path, namespace: str | Path = "/nonexistent") -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock of `path`, and that of our network namespace if told where it lies."""
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD.replace("sys.argv[2]", repr(name)), str(path)],
+        [sys.executable, "-c", HOLD, str(path), str(namespace)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -60,22 +59,24 @@ def test_the_second_instance_is_told_the_pid_of_the_first_and_changes_nothing(tm
         assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
 
-def test_another_socket_in_the_same_network_namespace_is_refused_too(tmp_path: Path, own_name: str) -> None:
+def test_another_socket_in_the_same_network_namespace_is_refused_too(tmp_path: Path, namespace: Path) -> None:
     with (
-        holder(tmp_path / "a.sock", own_name) as first,
-        pytest.raises(AlreadyRunning, match=f"in this network namespace as pid {first.pid}"),
+        holder(tmp_path / "a.sock", namespace) as first,
+        pytest.raises(AlreadyRunning, match=f"in this network namespace as pid {first.pid};"),
     ):
         InstanceLock(tmp_path / "sub" / "b.sock").acquire()
     assert not (tmp_path / "sub").exists()
 
 
-def test_release_leaves_the_file_system_as_it_was(tmp_path: Path) -> None:
+def test_release_leaves_the_file_system_as_it_was(tmp_path: Path, namespace: Path) -> None:
     instance = InstanceLock(tmp_path / "a" / "b" / "control.sock")
     instance.acquire()
     assert (tmp_path / "a" / "b" / "control.sock.lock").read_text() == f"{os.getpid()}\n"
+    assert len(list(namespace.iterdir())) == 1
     instance.release()
     instance.release()
     assert list(tmp_path.iterdir()) == []
+    assert list(namespace.iterdir()) == []
 
 
 def test_a_directory_that_was_there_stays(tmp_path: Path) -> None:
@@ -86,9 +87,9 @@ def test_a_directory_that_was_there_stays(tmp_path: Path) -> None:
     assert (tmp_path / "run").is_dir()
 
 
-def test_after_kill_9_the_next_one_simply_starts(tmp_path: Path, own_name: str) -> None:
+def test_after_kill_9_the_next_one_simply_starts(tmp_path: Path, namespace: Path) -> None:
     socket_path = tmp_path / "control.sock"
-    with holder(socket_path, own_name) as first:
+    with holder(socket_path, namespace) as first:
         first.send_signal(signal.SIGKILL)
         first.wait()
         instance = InstanceLock(socket_path)

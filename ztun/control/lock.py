@@ -1,13 +1,11 @@
-"""One instance at a time: a lock file beside the control socket, and a name in the network namespace.
+"""One instance at a time: a lock file beside the control socket, and one for the network namespace.
 
-The file keeps two instances off the same control socket. The name, an abstract unix address (unix(7); such addresses
-belong to the network namespace), keeps two instances with different sockets off the same interfaces, routes and rules:
-each would take the other's for left-overs and remove them. Both locks vanish with the process, however it ends.
+The first keeps two instances off the same control socket. The second keeps two with different sockets off the same
+interfaces, routes and rules. Both are locked with flock(2), so they are free once the process ends, however it ends.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import socket
@@ -17,7 +15,8 @@ from pathlib import Path
 
 from ztun.errors import ZtunError
 
-NAMESPACE_ADDRESS = "\0ztun-instance"
+# Only root writes here, so nobody else can keep an instance from starting.
+NAMESPACE_DIRECTORY = Path("/run")
 
 
 class AlreadyRunning(ZtunError):  # noqa: N818 (it reads as what it says)
@@ -30,16 +29,15 @@ class InstanceLock:
     def __init__(self, control_socket: str | Path) -> None:
         self.control_socket = Path(control_socket)
         self.path = lock_path(self.control_socket)
-        self._fd = -1
-        self._namespace: socket.socket | None = None
+        self._held: list[tuple[int, Path]] = []
         self._made: list[Path] = []
 
     def acquire(self) -> None:
         """Take the lock without waiting. Raises AlreadyRunning naming the holder, or ZtunError."""
         try:
             self._made = make_directories(self.path.parent)
-            self._fd = _lock_file(self.path)
-            self._namespace = _claim_namespace()
+            self._held.append((_lock_file(self.path), self.path))
+            self._claim_namespace()
         except AlreadyRunning:
             self.release()
             raise
@@ -49,17 +47,19 @@ class InstanceLock:
                 f"cannot make the lock file {self.path}: {error.strerror}; set control.socket to a writable place"
             ) from error
 
+    def _claim_namespace(self) -> None:
+        path = namespace_lock_path()
+        if path is not None and path != self.path:
+            self._held.append((_lock_file(path, "in this network namespace "), path))
+
     def release(self) -> None:
         """Give the lock back and remove what it left in the file system. Idempotent."""
-        if self._namespace is not None:
-            self._namespace.close()
-            self._namespace = None
-        if self._fd >= 0:
+        while self._held:
+            fd, path = self._held.pop()
             # Unlinked while still locked: whoever opened this file meanwhile sees that it is gone and starts over.
             with suppress(OSError):
-                self.path.unlink()
-            os.close(self._fd)
-            self._fd = -1
+                path.unlink()
+            os.close(fd)
         for directory in reversed(self._made):
             with suppress(OSError):
                 directory.rmdir()
@@ -69,6 +69,15 @@ class InstanceLock:
 def lock_path(control_socket: Path) -> Path:
     """The lock file that belongs to a control socket."""
     return control_socket.with_name(control_socket.name + ".lock")
+
+
+def namespace_lock_path() -> Path | None:
+    """The lock file that belongs to our network namespace; None where there are none, or no place for the file."""
+    try:
+        inode = os.stat("/proc/thread-self/ns/net").st_ino
+    except OSError:
+        return None
+    return NAMESPACE_DIRECTORY / f"ztun-net-{inode}.lock" if os.access(NAMESPACE_DIRECTORY, os.W_OK) else None
 
 
 def make_directories(path: Path) -> list[Path]:
@@ -93,7 +102,7 @@ def peer_pid(connection: socket.socket) -> int:
     return pid
 
 
-def _lock_file(path: Path) -> int:
+def _lock_file(path: Path, where: str = "") -> int:
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
@@ -101,7 +110,7 @@ def _lock_file(path: Path) -> int:
         except BlockingIOError:
             holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
             os.close(fd)
-            raise _already_running(holder) from None
+            raise _already_running(holder, where) from None
         except OSError:
             os.close(fd)
             raise
@@ -119,27 +128,6 @@ def _is_still_there(fd: int, path: Path) -> bool:
         return False
 
 
-def _claim_namespace() -> socket.socket | None:
-    claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        claim.bind(NAMESPACE_ADDRESS)
-        claim.listen(1)
-    except OSError as error:
-        claim.close()
-        if error.errno == errno.EADDRINUSE:
-            raise _already_running(_namespace_holder(), "in this network namespace ") from None
-        return None  # no abstract addresses on this system
-    return claim
-
-
-def _namespace_holder() -> str:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, suppress(OSError):
-        probe.setblocking(False)
-        probe.connect(NAMESPACE_ADDRESS)
-        return str(peer_pid(probe) or "")
-    return ""
-
-
-def _already_running(pid: str, where: str = "") -> AlreadyRunning:
-    who = f"as pid {pid}" if pid and pid != "0" else "(its pid is not known here)"
+def _already_running(pid: str, where: str) -> AlreadyRunning:
+    who = f"as pid {pid}" if pid else "(its pid is not known here)"
     return AlreadyRunning(f"already running {where}{who}; stop it with `ztun down` first")
