@@ -99,7 +99,7 @@ class Query(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """A message that is not served. reason: for a counter; reply: what to tell its sender, if anything."""
+    """A message that is not served. reason: for a counter, "malformed_…" or "unsupported_…"; reply: to its sender."""
 
     reason: str
     reply: bytes | None = None
@@ -120,19 +120,19 @@ def read_query(received: Buffer) -> Query | Drop:
     try:
         header = read_header(message)
     except MalformedError as error:
-        return Drop(error.reason)
+        return Drop(f"malformed_{error.reason}")
     if header.flags & _QR:
-        return Drop("not_a_query")  # never answered: two servers could answer each other for ever
+        return Drop("malformed_not_a_query")  # never answered: two servers could answer each other for ever
     try:
         return _read_query(message)
     except MalformedError as error:
-        return Drop(error.reason, bare_reply(header.id, header.flags, Rcode.FORMERR))
+        return Drop(f"malformed_{error.reason}", bare_reply(header.id, header.flags, Rcode.FORMERR))
 
 
 def _read_query(message: bytes) -> Query | Drop:
     header = read_header(message)
     if header.flags & 0x7800:
-        return Drop("opcode", bare_reply(header.id, header.flags, Rcode.NOTIMP))
+        return Drop("unsupported_opcode", bare_reply(header.id, header.flags, Rcode.NOTIMP))
     if len(message) > _MAX_QUERY:
         raise MalformedError("too_long")
     if header.questions != 1:
@@ -143,11 +143,11 @@ def _read_query(message: bytes) -> Query | Drop:
     opt = _find_opt(read_records(message, header, question.end))
     query = _make_query(header.id, header.flags, question, opt)
     if opt is not None and (opt.ttl >> 16) & 0xFF:
-        return Drop("edns_version", make_reply(query, rcode=Rcode.BADVERS))
+        return Drop("unsupported_edns_version", make_reply(query, rcode=Rcode.BADVERS))
     if question.klass != CLASS_IN:
-        return Drop("class", make_reply(query, rcode=Rcode.REFUSED))
+        return Drop("unsupported_class", make_reply(query, rcode=Rcode.REFUSED))
     if question.type in _META_TYPES or question.type in (0, Type.OPT):
-        return Drop("type", make_reply(query, rcode=Rcode.NOTIMP))
+        return Drop("unsupported_type", make_reply(query, rcode=Rcode.NOTIMP))
     return query
 
 

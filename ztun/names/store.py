@@ -91,13 +91,18 @@ class SqliteNameStore:
         return database
 
     def _prepare(self, database: sqlite3.Connection) -> None:
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = NORMAL")
         (version,) = database.execute("PRAGMA user_version").fetchone()
         (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if version == 0 and tables == 0:
+        if version or tables:
+            self._check(database, version)
+        # Not before this: another program's database stays as it is.
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = NORMAL")
+        if not version:
             database.executescript(_SCHEMA)
-        elif version != _VERSION:
+
+    def _check(self, database: sqlite3.Connection, version: int) -> None:
+        if version != _VERSION:
             raise _UnusableError("it is a database of another program or version")
         (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":

@@ -59,6 +59,8 @@ def _open(key: str, text: str, kind: int, sockets: SocketFactory) -> socket.sock
         elif ipaddress.ip_address(host).is_unspecified:
             _ask_for_destination(sock)
         sock.bind(address)
+        if kind == socket.SOCK_STREAM:
+            sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
         raise ZtunError(f"{key}: {_explain(error, text, host, int(port))}") from error
@@ -109,7 +111,7 @@ class DatagramListener:
             except OSError:
                 return  # nothing more to read, or an ICMP error about an earlier reply
             if len(self._tasks) >= _MAX_PENDING:
-                self._counters["drop_overload"] += 1
+                self._counters["overload_datagrams"] += 1
                 continue
             _spawn(self._tasks, self._serve(data, _reply_control(control), sender))
 
@@ -153,7 +155,7 @@ class StreamListener:
 
     def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._streams) >= _MAX_STREAMS:
-            self._counters["drop_stream_limit"] += 1
+            self._counters["overload_streams"] += 1
             writer.transport.abort()
             return
         _spawn(self._streams, self._serve(reader, writer))

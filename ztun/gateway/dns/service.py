@@ -76,7 +76,7 @@ class DnsService:
 
     servers: upstream servers as URLs, in the order in which to ask them. sockets: makes all of the service's own
     sockets. learn: told of each address of a direct name before the client is. counters: what happened, by name; those
-    that begin with "drop_" are messages that were not served.
+    that begin with "malformed_", "unsupported_" or "overload_" are messages that were not served.
 
     Raises ConfigError when a server cannot be used. Nothing is opened before `start` or the first query.
     """
@@ -130,7 +130,7 @@ class DnsService:
         self.counters["queries"] += 1
         found = read_query(query)
         if isinstance(found, Drop):
-            self.counters[f"drop_{found.reason}"] += 1
+            self.counters[found.reason] += 1
             return found.reply
         reply = self._respond(found)
         if not isinstance(reply, bytes):

@@ -103,7 +103,7 @@ class Resolver:
         task = self._in_flight.get(key)
         if task is None:
             if len(self._in_flight) >= _MAX_IN_FLIGHT:
-                self._counters["upstream_overload"] += 1
+                self._counters["overload_upstream"] += 1
                 raise UpstreamError("too many queries wait for the servers")
             task = asyncio.get_running_loop().create_task(self._resolve(query, scope))
             self._in_flight[key] = task
