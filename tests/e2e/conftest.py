@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from e2e.traffic import running
+from e2e.traffic import start
 from ztun.lab import Lab, Ztun, plan
 from ztun.lab.ztun import PROXIES
 
@@ -51,15 +51,27 @@ def lab() -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="module", params=["tcx", "clsact"])
-def ztun(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Ztun]:
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def ztun(lab: Lab, backend: str) -> Ztun:
     """A gateway on RULES, once for each way of hooking BPF in."""
-    with running(lab, {"capture": {"backend": request.param}, **BASE}) as instance:
-        assert instance.routes()["backend"] == request.param
-        yield instance
+    instance = _running_on_rules(lab)
+    if instance is None or instance.routes()["backend"] != backend:
+        instance = start(lab, {"capture": {"backend": backend}, **BASE})
+    assert instance.routes()["backend"] == backend
+    return instance
 
 
-@pytest.fixture(scope="module")
-def any_ztun(lab: Lab) -> Iterator[Ztun]:
-    """A gateway on RULES, hooked in as it thinks best: for what does not depend on that."""
-    with running(lab, BASE) as instance:
-        yield instance
+@pytest.fixture
+def any_ztun(lab: Lab) -> Ztun:
+    """A gateway on RULES, hooked in somehow: for what does not depend on that."""
+    return _running_on_rules(lab) or start(lab, BASE)
+
+
+def _running_on_rules(lab: Lab) -> Ztun | None:
+    """The gateway that an earlier test of the module left running; they are shared to save their start."""
+    return next((one for one in lab.running() if one.config.get("route", {}).get("rules") == RULES), None)

@@ -79,7 +79,7 @@ def test_missing_file(lab: Lab) -> None:
     ("arguments", "word"),
     [
         (["up", "--proxy", "gopher://10.0.0.1:1"], "gopher"),
-        (["up", "--proxy", "socks5://10.0.0.1"], "10.0.0.1"),
+        (["up", "--proxy", "socks5://10.0.0.1"], "--proxy"),
         (["up", "--bogus"], "--bogus"),
         (["upp"], "upp"),
     ],

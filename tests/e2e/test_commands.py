@@ -83,6 +83,7 @@ def test_check_accepts_what_up_accepts_and_changes_nothing(lab: Lab) -> None:
     ids=["socks5", "socks5-auth", "http-auth"],
 )
 def test_up_without_a_file_proxies_everything(lab: Lab, proxy: str) -> None:
+    lab.stop()
     instance = lab.prepare()
     env = {**os.environ, "ZTUN_DNS__FAKE_IP__STORE": str(instance.directory / "fake-ip.db")}
     arguments = ("--proxy", proxy, "--lan", "lan0", "--socket", str(instance.socket_path))
@@ -101,6 +102,7 @@ def test_up_without_a_file_proxies_everything(lab: Lab, proxy: str) -> None:
 
 
 def test_environment_overrides_the_file(lab: Lab) -> None:
+    lab.stop()
     instance = lab.prepare()
     instance.write(complete({}, instance.directory))
     env = {**os.environ, "ZTUN_TUN__NAME": "fromenv0"}

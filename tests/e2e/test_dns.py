@@ -8,7 +8,7 @@ import socket
 import pytest
 from dnslib import DNSRecord
 
-from e2e.traffic import ask_udp, read_all, running
+from e2e.traffic import ask_udp, read_all, start
 from ztun.lab import Lab, Ztun, plan
 
 FAKE4 = ipaddress.ip_network("198.18.0.0/15")
@@ -85,15 +85,15 @@ def test_other_records_of_a_direct_name_come_from_upstream(lab: Lab, any_ztun: Z
 
 
 def test_alias_of_a_direct_name(lab: Lab) -> None:
-    with running(lab, {}) as _:
-        assert lab.dig("alias.test").split() == ["direct.test.", plan.DIRECT4]
+    start(lab, {})
+    assert lab.dig("alias.test").split() == ["direct.test.", plan.DIRECT4]
 
 
 def test_answer_too_long_for_udp_is_truncated_and_whole_over_tcp(lab: Lab) -> None:
-    with running(lab, {}) as _:
-        cut = lab.client.run("dig", "+ignore", "+bufsize=1232", "big.test", "TXT").stdout
-        assert " tc" in next(line for line in cut.splitlines() if "flags:" in line)
-        assert len(lab.dig("big.test", "TXT")) > 4000  # dig asks again over TCP
+    start(lab, {})
+    cut = lab.client.run("dig", "+ignore", "+bufsize=1232", "big.test", "TXT").stdout
+    assert " tc" in next(line for line in cut.splitlines() if "flags:" in line)
+    assert len(lab.dig("big.test", "TXT")) > 4000  # dig asks again over TCP
 
 
 def test_many_queries_in_one_tcp_connection(lab: Lab, any_ztun: Ztun) -> None:
@@ -136,9 +136,9 @@ def test_malformed_message_is_dropped_or_refused_and_harms_nobody(
 
 def test_hijack_can_be_switched_off(lab: Lab) -> None:
     rules = [{"domain_suffix": ["test"], "outbound": "socks"}]
-    with running(lab, {"dns": {"hijack": False}, "route": {"rules": rules}}) as _:
-        assert lab.dig(f"@{plan.RESOLVER_ELSEWHERE4}", "site.test") == plan.SITE4
-        assert ipaddress.ip_address(lab.dig("site.test")) in FAKE4
+    start(lab, {"dns": {"hijack": False}, "route": {"rules": rules}})
+    assert lab.dig(f"@{plan.RESOLVER_ELSEWHERE4}", "site.test") == plan.SITE4
+    assert ipaddress.ip_address(lab.dig("site.test")) in FAKE4
 
 
 def test_names_keep_their_addresses_over_a_restart(lab: Lab) -> None:
@@ -147,14 +147,14 @@ def test_names_keep_their_addresses_over_a_restart(lab: Lab) -> None:
         "dns": {"fake_ip": {"store": store}},
         "route": {"rules": [{"domain_suffix": ["test"], "outbound": "socks"}]},
     }
-    with running(lab, config) as _:
-        before = [lab.dig(f"kept-{number}.bulk.test") for number in range(5)]
-    with running(lab, config) as _:
-        # Clients that cached the address go on without asking again.
-        page = lab.page("http://kept-3.bulk.test/", "--resolve", f"kept-3.bulk.test:80:{before[3]}")
-        assert page["host"] == "kept-3.bulk.test"
-        assert page["client"] in (plan.UPSTREAM4, plan.UPSTREAM6)
-        assert [lab.dig(f"kept-{number}.bulk.test") for number in range(5)] == before
+    start(lab, config)
+    before = [lab.dig(f"kept-{number}.bulk.test") for number in range(5)]
+    start(lab, config)
+    # Clients that cached the address go on without asking again.
+    page = lab.page("http://kept-3.bulk.test/", "--resolve", f"kept-3.bulk.test:80:{before[3]}")
+    assert page["host"] == "kept-3.bulk.test"
+    assert page["client"] in (plan.UPSTREAM4, plan.UPSTREAM6)
+    assert [lab.dig(f"kept-{number}.bulk.test") for number in range(5)] == before
 
 
 def _malformed(instance: Ztun) -> int:

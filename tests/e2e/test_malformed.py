@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import random
 import socket
 import struct
 
@@ -45,8 +47,6 @@ def test_malformed_packet_is_dropped_and_counted(lab: Lab, any_ztun: Ztun, packe
 
 
 def test_a_thousand_of_them_leave_it_working(lab: Lab, any_ztun: Ztun) -> None:
-    import random
-
     noise = random.Random(7)
     for _ in range(1000):
         body = noise.randbytes(noise.randrange(60))
@@ -61,9 +61,13 @@ def test_a_thousand_of_them_leave_it_working(lab: Lab, any_ztun: Ztun) -> None:
 
 def send_raw(lab: Lab, packet: bytes) -> None:
     """Put a packet on the client's wire as it is, addressed to the gateway's MAC address (packet(7))."""
-    gateway = lab.gateway.run("cat", "/sys/class/net/lan0/address").stdout.strip()
     with lab.client.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800)) as sock, lab.client.entered():
-        sock.sendto(packet, ("eth0", 0x0800, 0, 0, bytes.fromhex(gateway.replace(":", ""))))
+        sock.sendto(packet, ("eth0", 0x0800, 0, 0, _gateway_mac(lab)))
+
+
+@functools.cache
+def _gateway_mac(lab: Lab) -> bytes:
+    return bytes.fromhex(lab.gateway.run("cat", "/sys/class/net/lan0/address").stdout.strip().replace(":", ""))
 
 
 def _drops(instance: Ztun) -> int:

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import socket
 import struct
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 from ztun.lab import Lab, Namespace, Ztun
 from ztun.lab.namespace import run
-from ztun.lab.ztun import complete
 
 _CHUNK = 1 << 20
 _LINGER_RESET = struct.pack("ii", 1, 0)
 
 
-@contextlib.contextmanager
-def running(lab: Lab, config: dict[str, Any], rules: list[dict[str, Any]] | None = None) -> Iterator[Ztun]:
-    """A gateway on `config`, stopped at the end whatever happened; its output is shown when the body fails."""
-    instance = lab.prepare()
-    whole = complete(config, instance.directory)
-    whole["route"].setdefault("rules", rules or [])
-    try:
-        instance.start(whole)
-        yield instance
-    finally:
-        if instance.returncode is None:
-            instance.stop()
+def start(lab: Lab, config: dict[str, Any]) -> Ztun:
+    """A gateway on `config`, in the place of any that runs in this lab. It ends with the lab, or by the next start."""
+    lab.stop()
+    return lab.ztun(config)
 
 
 def read_all(sock: socket.socket) -> bytes:

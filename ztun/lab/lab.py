@@ -104,6 +104,16 @@ class Lab:
         instance.start(complete(config or {}, instance.directory), **options)
         return instance
 
+    def running(self) -> list[Ztun]:
+        """The instances that were started here and run still."""
+        return [instance for instance in self._ztuns if instance.alive]
+
+    def stop(self) -> None:
+        """Stop them. Raises RuntimeError with its output when one does not end well."""
+        for instance in self.running():
+            if code := instance.stop():
+                raise RuntimeError(f"ztun up ended with {code}:\n{instance.output}")
+
     def prepare(self) -> Ztun:
         """An instance that is not started yet, for tests of the command line."""
         instance = Ztun(self.gateway, self.directory / f"ztun-{len(self._ztuns)}")

@@ -116,9 +116,8 @@ clientmethod: none
 socksmethod: none
 user.privileged: root
 user.unprivileged: root
-client pass {{ from: 0.0.0.0/0 to: 0.0.0.0/0 }}
-socks pass {{ from: 0.0.0.0/0 to: 0.0.0.0/0 }}
-socks pass {{ from: 0.0.0.0/0 to: ::/0 }}
+client pass {{ from: 0/0 to: 0/0 }}
+socks pass {{ from: 0/0 to: 0/0 }}
 """
 
 

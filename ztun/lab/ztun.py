@@ -53,6 +53,7 @@ class Ztun:
     def __init__(self, gateway: Namespace, directory: Path) -> None:
         self._gateway = gateway
         self.directory = directory
+        self.config: dict[str, Any] = {}
         self.config_path = directory / "config.json"
         self.socket_path = directory / "control.sock"
         self._output = directory / "output"
@@ -71,6 +72,8 @@ class Ztun:
         self.wait_ready()
 
     def write(self, config: dict[str, Any]) -> None:
+        self.config = config
+        self.socket_path = Path(config["control"]["socket"])
         self.config_path.write_text(json.dumps(config, indent=2))
 
     def launch(self, *arguments: str, env: dict[str, str] | None = None) -> None:
@@ -97,6 +100,10 @@ class Ztun:
     @property
     def returncode(self) -> int | None:
         return None if self._process is None else self._process.poll()
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     @property
     def output(self) -> str:
