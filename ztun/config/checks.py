@@ -47,7 +47,7 @@ def _get(document: Any, kind: type[_T], *path: str) -> _T:
     return document if isinstance(document, kind) else kind()
 
 
-def _parsed(parse: Callable[[Any], _T], section: dict[str, Any], key: str, default: _T) -> _T | None:
+def _parsed(parse: Callable[[Any], _T], section: dict[str, Any], key: str, default: _T | None) -> _T | None:
     if key not in section:
         return default
     try:
@@ -56,15 +56,19 @@ def _parsed(parse: Callable[[Any], _T], section: dict[str, Any], key: str, defau
         return None
 
 
-def _tags(document: dict[str, Any]) -> list[Any]:
+def _tags(document: dict[str, Any]) -> list[str | None]:
+    """The tag of each outbound, None where there is no valid one."""
     outbounds = _get(document, list, "outbounds")
-    return [outbound.get("tag") if isinstance(outbound, dict) else None for outbound in outbounds]
+    return [
+        _parsed(values.parse_tag, outbound, "tag", None) if isinstance(outbound, dict) else None
+        for outbound in outbounds
+    ]
 
 
 def _check_tags(document: dict[str, Any]) -> Iterator[Problem]:
     first: dict[str, int] = {}
     for index, tag in enumerate(_tags(document)):
-        if not isinstance(tag, str):
+        if tag is None:
             continue
         location: Location = ("outbounds", index, "tag")
         if tag in RESERVED_TAGS:
@@ -75,8 +79,10 @@ def _check_tags(document: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _check_references(document: dict[str, Any]) -> Iterator[Problem]:
+    if not isinstance(document.get("outbounds", []), list):
+        return  # then no tag is known, and that is the one thing to say
     route = _get(document, dict, "route")
-    known = list(dict.fromkeys([*RESERVED_TAGS, *(tag for tag in _tags(document) if isinstance(tag, str))]))
+    known = list(dict.fromkeys([*RESERVED_TAGS, *filter(None, _tags(document))]))
     for index, rule in enumerate(_get(route, list, "rules")):
         if isinstance(rule, dict):
             yield from _check_reference(("route", "rules", index, "outbound"), rule.get("outbound"), known)
@@ -96,9 +102,12 @@ def _check_credentials(document: dict[str, Any]) -> Iterator[Problem]:
         if not isinstance(outbound, dict):
             continue
         username, password = outbound.get("username"), outbound.get("password")
+        if not all(value is None or isinstance(value, str) for value in (username, password)):
+            continue
         location: Location = ("outbounds", index)
-        if password is not None and username is None:
-            yield Problem((*location, "password"), "is given without a username; add the username")
+        if (username is None) != (password is None):
+            given, wanted = ("username", "password") if password is None else ("password", "username")
+            yield Problem((*location, given), f"is given without a {wanted}; add the {wanted}")
         if outbound.get("type") == "socks5":
             for key, value in (("username", username), ("password", password)):
                 if isinstance(value, str) and not 1 <= len(value.encode(errors="surrogatepass")) <= 255:
@@ -217,9 +226,12 @@ def _check_interfaces(document: dict[str, Any]) -> Iterator[Problem]:
     seen: set[str] = set()
     for index, lan in enumerate(_get(document, list, "capture", "lan")):
         if isinstance(lan, str) and lan == name:
-            yield Problem(("capture", "lan", index), f"'{lan}' is the TUN itself (tun.name); name the LAN's interface")
+            yield Problem(
+                ("capture", "lan", index),
+                f"{values.describe(lan)} is the TUN itself (tun.name); name the LAN's interface",
+            )
         elif isinstance(lan, str) and lan in seen:
-            yield Problem(("capture", "lan", index), f"'{lan}' is there twice; remove one")
+            yield Problem(("capture", "lan", index), f"{values.describe(lan)} is there twice; remove one")
         if isinstance(lan, str):
             seen.add(lan)
 

@@ -116,7 +116,9 @@ def _write(problem: Problem, source: str, origins: Mapping[Location, str]) -> st
         origin = origins.get(problem.location[:length])
         if origin is not None:
             rest = write_location(problem.location[length:])
-            detail = "" if origin.startswith("--") or not rest else rest if rest.startswith("[") else "." + rest
-            return f"{origin}{detail}: {problem.message}"
+            if not rest or (origin.startswith("--") and rest.startswith("[")):
+                return f"{origin}: {problem.message}"  # an option is given once for each element
+            between = ": " if origin.startswith("--") else "" if rest.startswith("[") else "."
+            return f"{origin}{between}{rest}: {problem.message}"
     place = write_location(problem.location)
     return f"{source}: {place}: {problem.message}" if place else f"{source}: {problem.message}"

@@ -9,7 +9,16 @@ from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, SecretStr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    SecretStr,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ztun.config import values
@@ -26,7 +35,7 @@ Address6 = Annotated[IPv6Interface, PlainValidator(values.parse_interface6)]
 Name = Annotated[str, PlainValidator(values.parse_name)]
 Keyword = Annotated[str, PlainValidator(values.parse_keyword)]
 Country = Annotated[str, PlainValidator(values.parse_country)]
-Ports = Annotated[tuple[int, int], PlainValidator(values.parse_ports)]
+Ports = Annotated[tuple[int, int], PlainValidator(values.parse_ports), PlainSerializer(values.write_ports)]
 Tag = Annotated[str, PlainValidator(values.parse_tag)]
 FilePath = Annotated[Path, PlainValidator(values.parse_path)]
 Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
@@ -69,11 +78,14 @@ class FakeIpSettings(Section):
 
 
 class DnsSettings(Section):
-    """The DNS service. listen: address:port; servers: URLs with their ports filled in, tried in this order."""
+    """The DNS service. listen: address:port; servers: URLs with their ports filled in, tried in this order.
+
+    Left out (see model_fields_set), listen is port 53 of the captured interfaces and servers those of the system.
+    """
 
     listen: tuple[Listen, ...] = ()
     hijack: Flag = True
-    servers: Annotated[tuple[DnsServer, ...], Field(min_length=1)] = ("udp://9.9.9.9:53", "udp://149.112.112.112:53")
+    servers: Annotated[tuple[DnsServer, ...], Field(min_length=1)] = ()
     fake_ip: FakeIpSettings = FakeIpSettings()
 
 

@@ -78,7 +78,7 @@ def translate(root: type[BaseModel], error: ErrorDetails) -> Problem:
     """A finding of pydantic in our words. The value is not repeated where it is a secret."""
     location = error["loc"]
     annotation = annotation_at(root, location)
-    value = "this" if SecretStr in choices(annotation) else describe(error["input"])
+    but = "" if SecretStr in choices(annotation) else f", not {describe(error['input'])}"
     context: Mapping[str, Any] = error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
@@ -88,23 +88,23 @@ def translate(root: type[BaseModel], error: ErrorDetails) -> Problem:
         case "value_error":
             message = str(context["error"])
         case "model_type" | "model_attributes_type" | "dict_type":
-            message = f"must be an object, not {value}"
+            message = f"must be an object{but}"
         case "tuple_type" | "list_type":
-            message = f"must be a list, not {value}"
+            message = f"must be a list{but}"
         case "string_type":
-            message = f"must be a string, not {value}"
+            message = f"must be a string{but}"
         case "bool_type" | "bool_parsing":
-            message = f"must be true or false, not {value}"
+            message = f"must be true or false{but}"
         case "int_type" | "int_parsing" | "int_from_float":
-            message = f"must be a whole number, not {value}"
+            message = f"must be a whole number{but}"
         case "float_type" | "float_parsing" | "finite_number":
-            message = f"must be a number, not {value}"
+            message = f"must be a number{but}"
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
-            message = f"must be {_bound(context)}, not {value}"
+            message = f"must be {_bound(context)}{but}"
         case "too_short":
-            message = "is an empty list, which never matches; leave the key out" if len(location) > 2 else "is empty"
+            message = "is an empty list; leave the key out"
         case "literal_error":
-            message = f"must be {context['expected']}, not {value}"
+            message = f"must be {context['expected']}{but}"
         case _:
             message = error["msg"]
     return Problem(location, message)

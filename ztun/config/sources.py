@@ -91,11 +91,11 @@ class Overlay:
             return  # for some other purpose: every key of ours is in a section
         annotation: Any = self._root
         for part in parts:
-            known = known_keys(annotation)
-            annotation = step_into(annotation, part)
-            if annotation is None:
-                self.problems.append(f"environment: {variable}: '{part}': {unknown_key(str(part), known)}")
+            inner = step_into(annotation, part)
+            if inner is None:
+                self.problems.append(f"environment: {variable}: '{part}': {_no_step(annotation, part)}")
                 return
+            annotation = inner
         try:
             self.lay(tuple(parts), parse_text(annotation, text), f"environment: {variable}")
         except ValueError as error:
@@ -105,6 +105,13 @@ class Overlay:
         """Put a value into the document, which is not changed itself. Raises ValueError where a list is too short."""
         self.document = _replaced(self.document, location, value)
         self.origins[location] = origin
+
+
+def _no_step(annotation: Any, part: str | int) -> str:
+    if any(get_origin(choice) is tuple for choice in choices(annotation)):
+        return "must be the place in the list, from 0"
+    known = known_keys(annotation)
+    return unknown_key(str(part), known) if known else "is below a single value; leave it out"
 
 
 def _replaced(holder: Any, location: Location, value: Any) -> Any:

@@ -231,7 +231,7 @@ def parse_name(value: Any) -> str:
     text = need_text(value)
     name = text.removesuffix(".")
     if name.startswith(("*.", ".")):
-        plain = name.lstrip("*.")
+        plain = parse_name(name.lstrip("*."))
         raise ValueError(f"{describe(text)}: write {plain}; domain_suffix matches it and every name below it")
     if not name.isascii():
         name = _to_ascii(name)
@@ -267,6 +267,12 @@ def parse_ports(value: Any) -> tuple[int, int]:
     if ends[0] > ends[1]:
         raise ValueError(f"{describe(value)} runs backwards; write {ends[1]}-{ends[0]}")
     return ends
+
+
+def write_ports(ports: tuple[int, int]) -> str:
+    """As parse_ports reads them."""
+    first, last = ports
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def parse_country(value: Any) -> str:
