@@ -228,3 +228,8 @@ def fit(query: Query, reply: bytes) -> bytes:
     flags = int.from_bytes(reply[2:4]) | _TC
     counts = b"\x00\x01\x00\x00\x00\x00" + (b"\x00\x01" if opt else b"\x00\x00")
     return reply[:2] + flags.to_bytes(2) + counts + query.question + opt
+
+
+def frame(message: bytes) -> bytes:
+    """The message as it goes into a stream, its length before it (RFC 1035 section 4.2.2)."""
+    return len(message).to_bytes(2) + message

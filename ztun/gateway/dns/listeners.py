@@ -13,7 +13,7 @@ from typing import Any
 
 from ztun.errors import ZtunError
 from ztun.gateway.dns.servers import endpoint
-from ztun.names.frames import frame
+from ztun.names.message import frame
 from ztun.ports import SocketFactory
 
 Answer = Callable[[bytes, bool], Awaitable[bytes | None]]

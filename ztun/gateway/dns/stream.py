@@ -11,8 +11,7 @@ from collections import Counter
 from ztun.gateway.dns.servers import Server, endpoint
 from ztun.gateway.dns.transport import Lookup, UpstreamError
 from ztun.names.answer import Answer, make_upstream_query, read_answer
-from ztun.names.frames import frame
-from ztun.names.message import Query
+from ztun.names.message import Query, frame
 from ztun.ports import SocketFactory
 
 # RFC 7766 section 6.2.3 wants a client to close early; servers keep an idle connection for about ten seconds.
