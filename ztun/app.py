@@ -62,7 +62,7 @@ async def run(settings: Settings, announce: Announce) -> int:
     stop = StopRequest()
     with stop.signals():
         async with AsyncExitStack() as stack:
-            undo = Undo(stack)
+            undo = Undo(stack, stop.hurried)
             instance = Instance(settings, stop, undo)
             if await unless(stop.asked, instance.start()) is not None:
                 announce(instance.summary())
@@ -72,6 +72,8 @@ async def run(settings: Settings, announce: Announce) -> int:
                 await stop.asked.wait()
             instance.state = "stopping"
             notify("STOPPING=1")
+    if instance.failure is not None:
+        raise instance.failure
     if undo.failed:
         raise ZtunError(f"stopped, but could not undo: {', '.join(undo.failed)}; the log has the reasons")
     return 0
@@ -83,6 +85,7 @@ class Instance:
     def __init__(self, settings: Settings, stop: StopRequest, undo: Undo) -> None:
         self.settings = settings
         self.state = "starting"
+        self.failure: ZtunError | None = None  # why it ended without being asked to
         self._stop = stop
         self._undo = undo
         self._started = time.monotonic()
@@ -174,6 +177,7 @@ class Instance:
             outbounds=outbounds,
             options=self._gateway_options(),
         )
+        gateway.engine.device_lost = self._device_lost
         self._undo.push("the flows", gateway.stop)
         gateway.start()
         self._gateway = gateway
@@ -285,8 +289,16 @@ class Instance:
         """Tell the classifier that we live; from the loop, so that a loop that hangs does not say so."""
         if self._classifier is None:
             return
-        self._classifier.heartbeat()
         self._loop.call_later(HEARTBEAT_INTERVAL, self._beat)
+        self._classifier.heartbeat()
+
+    def _device_lost(self, error: OSError) -> None:
+        reason = (error.strerror or str(error)).lower()
+        self.failure = ZtunError(
+            f"lost the interface {self.settings.tun.name} ({reason}): someone removed it; start ztun again"
+        )
+        log.error("the TUN device is gone, stopping", device=self.settings.tun.name, reason=reason)
+        self._stop.ask()
 
     # What the control socket tells.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 # Seconds that one step of the undoing may take before the next has its turn.
 STEP_LIMIT = 5.0
+HURRIED_LIMIT = 0.2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -69,21 +70,39 @@ async def unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None
 
 
 class Undo:
-    """What to undo, in reverse order; a step that fails is told and does not keep the others from their turn."""
+    """What to undo, in reverse order; a step that fails is told and does not keep the others from their turn.
 
-    def __init__(self, stack: AsyncExitStack) -> None:
+    hurried: once set, steps get HURRIED_LIMIT seconds only.
+    """
+
+    def __init__(self, stack: AsyncExitStack, hurried: asyncio.Event) -> None:
         self._stack = stack
+        self._hurried = hurried
         self.failed: list[str] = []
 
-    def push(self, what: str, action: Callable[[], Awaitable[None] | None]) -> None:
+    def push(self, what: str, action: Callable[[], Coroutine[Any, Any, None] | None]) -> None:
         """Undo by `action`. It must be idempotent and cope with what it undoes being half done: push, then do."""
         self._stack.push_async_callback(self._run, what, action)
 
-    async def _run(self, what: str, action: Callable[[], Awaitable[None] | None]) -> None:
+    async def _run(self, what: str, action: Callable[[], Coroutine[Any, Any, None] | None]) -> None:
         try:
             pending = action()
             if pending is not None:
-                await asyncio.wait_for(pending, STEP_LIMIT)
+                await self._wait(asyncio.ensure_future(pending))
         except Exception as error:
             self.failed.append(what)
             log.exception("could not undo", what=what, error=repr(error))
+
+    async def _wait(self, step: asyncio.Future[None]) -> None:
+        waiting = asyncio.ensure_future(self._hurried.wait())
+        try:
+            both: set[asyncio.Future[Any]] = {step, waiting}
+            await asyncio.wait(both, timeout=STEP_LIMIT, return_when=asyncio.FIRST_COMPLETED)
+            if self._hurried.is_set():
+                await asyncio.wait({step}, timeout=HURRIED_LIMIT)
+        finally:
+            waiting.cancel()
+        if not step.done():
+            step.cancel()
+            raise TimeoutError("took too long")
+        step.result()

@@ -30,6 +30,7 @@ class Engine:
         self.written = 0
         self.refused = 0  # writes that the kernel did not take
         self.errors = 0
+        self.device_lost: Callable[[OSError], None] | None = None  # told once, when nothing can be read any more
         self._device = device
         self._buffer = pool.get()
         self._timer: asyncio.TimerHandle | None = None
@@ -70,7 +71,11 @@ class Engine:
         stack, buffer = self.stack, self._buffer
         recv_into = self._device.recv_into
         for _ in range(_BATCH):
-            length = recv_into(buffer)
+            try:
+                length = recv_into(buffer)
+            except OSError as error:
+                self._lose_device(error)
+                break
             if not length:
                 break
             self.read += 1
@@ -87,6 +92,12 @@ class Engine:
     def _trim(self) -> None:
         self.pool.trim()
         self._trimmer = self.loop.call_later(_TRIM_INTERVAL, self._trim)
+
+    def _lose_device(self, error: OSError) -> None:
+        """Somebody removed the interface; its descriptor would be readable for ever."""
+        self.loop.remove_reader(self._device.fileno())
+        if self.device_lost is not None:
+            self.device_lost(error)
 
     def _failed(self) -> None:
         """A defect of ours must cost one packet, not the gateway."""

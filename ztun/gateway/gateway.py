@@ -30,7 +30,8 @@ _MAX_UDP_SESSIONS = 16384
 class Answerer(Protocol):
     """The DNS service as far as the stack's clients see it."""
 
-    counters: Mapping[str, int]
+    @property
+    def counters(self) -> Mapping[str, int]: ...
 
     async def answer(self, query: bytes | memoryview, *, over_tcp: bool) -> bytes | None: ...
 
