@@ -83,24 +83,20 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *pack
 	return packet->protocol;
 }
 
-/* One extension header (RFC 8200, 4). Returns 1 to go on, 0 when the transport header is reached. */
+/* The extension headers of RFC 8200, 4, RFC 4302 and RFC 6275; ESP hides all that follows, as a transport does. */
+static __always_inline int is_extension(__u8 protocol)
+{
+	return protocol == IPPROTO_HOPOPTS || protocol == IPPROTO_ROUTING || protocol == IPPROTO_DSTOPTS ||
+	       protocol == IPPROTO_FRAGMENT || protocol == IPPROTO_AH || protocol == IPPROTO_MH;
+}
+
+/* Step over the extension header that `packet` stands at. */
 static __always_inline int parse_extension(struct __sk_buff *skb, struct packet *packet)
 {
 	__u8 header[4]; /* next header, length in units that depend, and for a fragment its offset */
 	__u16 fragment;
 	__u32 length;
 
-	switch (packet->protocol) {
-	case IPPROTO_HOPOPTS:
-	case IPPROTO_ROUTING:
-	case IPPROTO_DSTOPTS:
-	case IPPROTO_FRAGMENT:
-	case IPPROTO_AH:
-	case IPPROTO_MH:
-		break;
-	default:
-		return 0;
-	}
 	if (packet->offset + 8 > packet->length || load(skb, packet->offset, header, sizeof(header)))
 		return DROPPED(DROP_BAD_EXTENSION);
 	length = (header[1] + 1) * 8;
@@ -116,9 +112,7 @@ static __always_inline int parse_extension(struct __sk_buff *skb, struct packet 
 	}
 	packet->offset += length;
 	packet->protocol = header[0];
-	if (packet->offset > packet->length)
-		return DROPPED(DROP_BAD_EXTENSION);
-	return 1;
+	return packet->offset > packet->length ? DROPPED(DROP_BAD_EXTENSION) : 0;
 }
 
 /* RFC 8200, 3. */
@@ -126,7 +120,6 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *pack
 {
 	struct ipv6hdr header;
 	__u32 total;
-	int result = 1;
 
 	if (load(skb, 0, &header, sizeof(header)))
 		return DROPPED(DROP_TRUNCATED);
@@ -143,15 +136,10 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *pack
 	packet->length = total;
 	packet->offset = sizeof(header);
 	packet->protocol = header.nexthdr;
-#pragma unroll
-	for (int i = 0; i < IPV6_MAX_EXTENSIONS; i++) {
-		result = parse_extension(skb, packet);
-		if (result <= 0)
-			break;
-	}
-	if (result > 0)
-		return DROPPED(DROP_BAD_EXTENSION);
-	return result < 0 ? result : packet->protocol;
+	for (int i = 0; i < IPV6_MAX_EXTENSIONS && is_extension(packet->protocol); i++)
+		if (parse_extension(skb, packet))
+			return DROPPED(DROP_BAD_EXTENSION);
+	return is_extension(packet->protocol) ? DROPPED(DROP_BAD_EXTENSION) : packet->protocol;
 }
 
 /* The destination port stands in octets 2 and 3 of TCP (RFC 9293, 3.1) and UDP (RFC 768). */

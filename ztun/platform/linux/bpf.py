@@ -45,7 +45,7 @@ def load(directory: Path, programs: Sequence[str], maps: Sequence[str]) -> Objec
     with _kernel_tree(directory / "kernel"), _stderr_to_file() as said:
         module = None
         try:
-            module = factory(src_file=str(directory / "classify.c"), cflags=_flags(directory))
+            module = factory(src_file=os.fsencode(directory / "classify.c"), cflags=_flags(directory))
             return _take(module, factory, programs, maps)
         except Exception as error:  # bcc raises nothing more exact
             raise ZtunError(f"BPF programs not loaded: {_complaint(said, error)}") from error
@@ -74,9 +74,9 @@ def _take(module: Any, factory: Any, programs: Sequence[str], maps: Sequence[str
     taken = Objects({}, {})
     try:
         for name in programs:
-            taken.programs[name] = _duplicate(module.load_func(name, factory.SCHED_CLS).fd)
+            taken.programs[name] = _duplicate(module.load_func(name.encode(), factory.SCHED_CLS).fd)
         for name in maps:
-            taken.maps[name] = _duplicate(module.get_table(name).map_fd)
+            taken.maps[name] = _duplicate(module.get_table(name.encode()).map_fd)
     except BaseException:
         taken.close()
         raise

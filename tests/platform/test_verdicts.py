@@ -1,0 +1,125 @@
+"""The tries against a naive longest match, thousands of packets at a time."""
+
+from __future__ import annotations
+
+import random
+import socket
+from collections import Counter
+
+import pytest
+from lan_world import GO_ON, REDIRECT, SHOT, Bench, frame, packed, prefix, udp
+
+from ztun.ports import RULE_DEFAULT, Prefix, Verdict
+
+RETURNS = {Verdict.DIRECT: GO_ON, Verdict.TUNNEL: REDIRECT, Verdict.DROP: SHOT}
+CLIENT = {4: "10.9.0.2", 16: "fd00:9::2"}
+
+
+def longest_match(prefixes: list[Prefix], address: bytes) -> Prefix | None:
+    """One bit string after the other."""
+    bits = "".join(f"{octet:08b}" for octet in address)
+    matching = [
+        one
+        for one in prefixes
+        if len(one.network) == len(address)
+        and bits.startswith("".join(f"{octet:08b}" for octet in one.network)[: one.length])
+    ]
+    return max(matching, key=lambda one: one.length, default=None)
+
+
+def random_prefixes(random_: random.Random, size: int, count: int) -> list[Prefix]:
+    """Nested, crowded prefixes: most are cut out of addresses that share their first bits."""
+    found: dict[tuple[bytes, int], Prefix] = {}
+    for _ in range(count):
+        length = random_.choice([0, *range(1, size * 8 + 1), size * 8])
+        network = mask(random_address(random_, size), length)
+        found[network, length] = Prefix(network, length, random_.choice(list(Verdict)), random_.randrange(-4, 50))
+    return list(found.values())
+
+
+def random_address(random_: random.Random, size: int) -> bytes:
+    """Few different octets, so that prefixes contain each other and addresses hit them."""
+    return bytes(random_.choice([0x20, 0x21, 0x60]) for _ in range(size))
+
+
+def mask(address: bytes, length: int) -> bytes:
+    total = len(address) * 8
+    kept = int.from_bytes(address, "big") >> (total - length) << (total - length)
+    return kept.to_bytes(len(address), "big")
+
+
+def show(address: bytes) -> str:
+    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
+
+
+@pytest.mark.parametrize("size", [4, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_address_gets_the_verdict_of_its_longest_prefix(bench: Bench, size: int, seed: int) -> None:
+    random_ = random.Random(seed)
+    prefixes = random_prefixes(random_, size, 150)
+    bench.classifier.replace_rules(prefixes)
+    rules: Counter[int] = Counter()
+    for _ in range(700):
+        address = random_address(random_, size)
+        match = longest_match(prefixes, address)
+        verdict, rule = (match.verdict, match.rule) if match else (Verdict.DIRECT, RULE_DEFAULT)
+        rules[rule] += 1
+        assert bench.run(frame(udp(CLIENT[size], show(address), 9))) == RETURNS[verdict], show(address)
+    counted = {rule: value["packets"] for rule, value in bench.classifier.rule_counters().items() if value["packets"]}
+    assert counted == dict(rules)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_replacing_the_table_is_the_same_as_starting_with_it(bench: Bench, seed: int) -> None:
+    random_ = random.Random(seed)
+    for _ in range(5):
+        prefixes = [*random_prefixes(random_, 4, 60), *random_prefixes(random_, 16, 60)]
+        bench.classifier.replace_rules(prefixes)
+        described = {
+            (entry["prefix"], entry["verdict"], entry["rule"])
+            for table in bench.classifier.snapshot()["maps"]
+            if table["name"].startswith("prefixes")
+            for entry in table["entries"]
+        }
+        wanted = {(f"{show(one.network)}/{one.length}", one.verdict.name.lower(), one.rule) for one in prefixes}
+        assert described == wanted
+
+
+def test_what_stays_in_the_table_keeps_its_hits(bench: Bench) -> None:
+    stays = prefix("192.0.2.0/24", Verdict.TUNNEL, 1)
+    bench.classifier.replace_rules([stays, prefix("198.51.100.0/24", Verdict.DROP, 2)])
+    assert bench.run(frame(udp("10.9.0.2", "192.0.2.1", 80))) == REDIRECT
+    bench.classifier.replace_rules([stays, prefix("203.0.113.0/24", Verdict.DROP, 2)])
+    entries = next(one["entries"] for one in bench.classifier.snapshot()["maps"] if one["name"] == "prefixes4")
+    assert entries == [
+        {"prefix": "192.0.2.0/24", "verdict": "tunnel", "rule": 1, "hits": 1},
+        {"prefix": "203.0.113.0/24", "verdict": "drop", "rule": 2, "hits": 0},
+    ]
+
+
+def test_a_table_of_a_country_s_size_is_written_and_read_back_quickly(bench: Bench) -> None:
+    prefixes = [Prefix((n << 12).to_bytes(4, "big"), 20, Verdict.DIRECT, n % 7) for n in range(30_000)]
+    bench.classifier.replace_rules(prefixes)
+    entries = next(one["entries"] for one in bench.classifier.snapshot()["maps"] if one["name"] == "prefixes4")
+    assert [entry["rule"] for entry in entries] == [one.rule for one in prefixes]
+
+
+@pytest.mark.parametrize(("client", "address"), [("10.9.0.2", "192.0.2.7"), ("fd00:9::2", "2001:db8::7")])
+def test_a_learned_address_goes_ahead_of_its_prefix_until_forgotten(bench: Bench, client: str, address: str) -> None:
+    everything = [prefix("0.0.0.0/0", Verdict.TUNNEL, RULE_DEFAULT), prefix("::/0", Verdict.TUNNEL, RULE_DEFAULT)]
+    bench.classifier.replace_rules(everything)
+    assert bench.run(frame(udp(client, address, 80))) == REDIRECT
+    bench.classifier.learn(packed(address), Verdict.DIRECT, 3)
+    assert bench.run(frame(udp(client, address, 80))) == GO_ON
+    bench.classifier.learn(packed(address), Verdict.DROP, 4)
+    assert bench.run(frame(udp(client, address, 80))) == SHOT
+    bench.classifier.forget()
+    assert bench.run(frame(udp(client, address, 80))) == REDIRECT
+
+
+def test_more_is_learned_than_the_map_holds(bench: Bench) -> None:
+    for number in range(70_000):
+        bench.classifier.learn(number.to_bytes(4, "big"), Verdict.DIRECT, 1)
+    entries = next(one["entries"] for one in bench.classifier.snapshot()["maps"] if one["name"] == "learned4")
+    assert 0 < len(entries) <= 65_536
+    assert "0.1.17.111" in {entry["address"] for entry in entries}  # the newest
