@@ -7,6 +7,7 @@ import socket
 
 from ztun.outbound import library, tcp
 from ztun.outbound.base import ProxyOutbound
+from ztun.outbound.errors import failure_of, os_error
 from ztun.outbound.names import proxy_name
 from ztun.ports import Destination, Failure, OutboundError
 
@@ -25,6 +26,27 @@ _FAILURES = {
     502: Failure.HOST_UNREACHABLE,
     503: Failure.HOST_UNREACHABLE,
     504: Failure.TIMED_OUT,
+}
+
+# The error types of Proxy-Status (RFC 9209, section 2.3)
+_PROXY_STATUS = re.compile(rb"^proxy-status:[^\r\n]*;\s*error=\"?([a-z_]+)", re.IGNORECASE | re.MULTILINE)
+_PROXY_STATUS_FAILURES = {
+    b"connection_refused": Failure.REFUSED,
+    b"connection_timeout": Failure.TIMED_OUT,
+    b"destination_ip_prohibited": Failure.PROHIBITED,
+    b"destination_ip_unroutable": Failure.NETWORK_UNREACHABLE,
+    b"destination_unavailable": Failure.HOST_UNREACHABLE,
+    b"dns_error": Failure.NAME_NOT_FOUND,
+    b"dns_timeout": Failure.TIMED_OUT,
+    b"http_request_denied": Failure.PROHIBITED,
+}
+
+# Squid's own field: the page that it shows, and the errno behind it
+_SQUID_ERROR = re.compile(rb"^x-squid-error:\s*(ERR_[A-Z_]+)\s+([0-9]{1,4})", re.IGNORECASE | re.MULTILINE)
+_SQUID_FAILURES = {
+    b"ERR_DNS_FAIL": Failure.NAME_NOT_FOUND,
+    b"ERR_ACCESS_DENIED": Failure.PROHIBITED,
+    b"ERR_CACHE_ACCESS_DENIED": Failure.PROXY_AUTHENTICATION,
 }
 
 
@@ -58,8 +80,9 @@ class HttpDialogue:
         return taken, b""
 
     def _handle_header(self, header: bytes) -> None:
+        line = header.split(b"\n", 1)[0].strip()
         try:
-            status = library.HttpReply.loads(header.replace(b"\n", b"\r\n", 1)).status_code
+            status = library.HttpReply.loads(line).status_code
         except library.MALFORMED as error:
             status = library.error_code(error) or 0
         if 200 <= status < 300:  # any of them opens the tunnel (RFC 9110, section 9.3.6)
@@ -67,8 +90,17 @@ class HttpDialogue:
         elif 100 <= status < 200 and status != 101:  # interim: the real answer follows (RFC 9110, section 15.2)
             self._header.clear()
         else:
-            line = header.split(b"\n", 1)[0].strip().decode("ascii", "backslashreplace")
-            raise OutboundError(_FAILURES.get(status, Failure.PROXY_FAILED), f"it answered {line[:200]}")
+            failure = _told_reason(header) or _FAILURES.get(status, Failure.PROXY_FAILED)
+            raise OutboundError(failure, f"it answered {line[:200].decode('ascii', 'backslashreplace')}")
+
+
+def _told_reason(header: bytes) -> Failure | None:
+    """The reason that a proxy gives beside the status, which tells refused from unreachable."""
+    if found := _PROXY_STATUS.search(header):
+        return _PROXY_STATUS_FAILURES.get(found[1].lower())
+    if found := _SQUID_ERROR.search(header):
+        return _SQUID_FAILURES.get(found[1]) or (failure_of(os_error(int(found[2]))) if int(found[2]) else None)
+    return None
 
 
 class HttpOutbound(ProxyOutbound):

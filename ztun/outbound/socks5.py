@@ -98,7 +98,7 @@ class Socks5Dialogue:
             return OutboundError(Failure.PROXY_AUTHENTICATION, wanted)
         if isinstance(state, library.WaitingForAuthentication) and version == 1:
             return OutboundError(Failure.PROXY_AUTHENTICATION, "it did not accept the username and password")
-        return OutboundError(Failure.PROXY_FAILED, f"it does not speak SOCKS5: {message[:8].hex(' ')}")
+        return OutboundError(Failure.PROXY_FAILED, f"it answered with what is no SOCKS5: {message[:8].hex(' ')}")
 
 
 class Socks5Outbound(ProxyOutbound):

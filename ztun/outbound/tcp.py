@@ -124,6 +124,10 @@ class _Race:
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             number = sock.connect_ex((address, self._port))
+            if number == errno.EINPROGRESS:
+                # An ICMP error from a router on this very machine arrives within connect(2), with the socket locked:
+                # the kernel notes it and wakes nobody before the SYN is sent again, a second later.
+                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or errno.EINPROGRESS
         except OSError as error:  # an address that only looked like one
             self._errors.append(error)
             sock.close()
