@@ -175,7 +175,9 @@ class Connection:
     # What the application asks for.
 
     def accept(self, handler: Handler, now: float) -> None:
-        """The outbound is connected: answer the SYN."""
+        """The outbound is connected: answer the SYN. Without effect when the client gave up (`is_closed`)."""
+        if self.state is not State.DIALING:
+            return
         self.handler = handler
         self.syn = b""
         self.state = State.SYN_RECEIVED
@@ -237,7 +239,7 @@ class Connection:
             return False
         options = self._options(packet, start, payload)
         if self.state is State.DIALING or self.state is State.CLOSED:
-            self._receive_while_dialing(seq, bits, now)
+            self._receive_while_dialing(seq, bits, options, now)
             return False
         seq = unwrap(seq, self.rx.nxt)
         length = end - payload
@@ -269,10 +271,13 @@ class Connection:
             return tcp.NO_OPTIONS
         return tcp.parse_options(packet[start + 20 : payload])
 
-    def _receive_while_dialing(self, seq: int, bits: int, now: float) -> None:
+    def _receive_while_dialing(self, seq: int, bits: int, options: tcp.Options, now: float) -> None:
         """A repeated SYN waits with the first one. Only a RST ends the wait."""
         if bits & RST and seq in (self.rx.nxt & MASK, (self.rx.nxt - 1) & MASK):
             self._finish(Closed.RESET_BY_CLIENT, now)
+        elif bits & SYN and seq == (self.rx.nxt - 1) & MASK and self.timestamps and options.timestamps:
+            # The client takes its first round-trip time from the SYN that is echoed: the dial is no part of it.
+            self.stamp_recent = options.timestamps[0]
 
     def _stamps_pass(self, options: tcp.Options, bits: int, seq: int, now: float) -> bool:
         """PAWS (RFC 7323 section 5.3). A segment that lacks the agreed option is dropped, a RST aside."""
@@ -333,17 +338,16 @@ class Connection:
         self, ack: int, seq: int, bits: int, window: int, length: int, options: tcp.Options, now: float
     ) -> bool:
         tx = self.tx
-        if ack > tx.nxt or ack < tx.una - max(tx.wnd, 1 << 16):
-            if self.state is State.SYN_RECEIVED:
-                self._emit_reset(ack, None)
-            else:
-                self._challenge(now)
-            self.stack.drop("tcp-ack")
-            return False
         if self.state is State.SYN_RECEIVED:
             if ack != self.iss + 1:
+                self.stack.drop("tcp-ack")
+                self._emit_reset(ack, None)
                 return False
             self._establish(seq, ack, now)
+        elif ack > tx.nxt or ack < tx.una - max(tx.wnd, 1 << 16):
+            self.stack.drop("tcp-ack")
+            self._challenge(now)
+            return False
         before = tx.wnd
         una = tx.una
         empty = length == 0 and not bits & FIN

@@ -22,6 +22,7 @@ _FAST4 = struct.Struct("!B9xBxHHHBBH12sIIHHHH")
 _FAST6 = struct.Struct("!B9xIHBB36sIIHHHH")
 _TCP = struct.Struct("!HHIIHHHH")
 _IP = vnet.LENGTH  # where the IP header starts
+_QUOTE = ip.MINIMUM_MTU6  # no ICMP error quotes more
 
 Packet = tuple[bytes | memoryview, ...]
 
@@ -214,11 +215,15 @@ class Stack:
             self.drop("tcp-limit")
             self._reset_closed(key, seq, 0, tcp.SYN, 0)
             return
-        conn = Connection(self, key, bytes(packet[_IP:]), seq, options, window, now)
+        conn = Connection(self, key, bytes(packet[_IP : _IP + _QUOTE]), seq, options, window, now)
         self.connections[key] = conn
         self.half_open += 1
         self.opened += 1
-        self.listener.tcp_incoming(conn, now)
+        try:
+            self.listener.tcp_incoming(conn, now)
+        except BaseException:
+            conn.abort(now)  # nobody else knows of it
+            raise
 
     def _reset_closed(self, key: bytes, seq: int, ack: int, bits: int, length: int) -> None:
         """RFC 9293 section 3.10.7.1: the RST has the sequence number that its receiver will believe."""
