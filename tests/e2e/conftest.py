@@ -26,6 +26,7 @@ RULES: list[dict[str, Any]] = [
     {"domain_suffix": ["badauth.bulk.test"], "outbound": "socks-badauth"},
     {"domain_suffix": ["gone.bulk.test"], "outbound": "socks-gone"},
     {"domain_suffix": ["udp.bulk.test"], "outbound": "socks-udp"},
+    {"domain": ["shared.test"], "outbound": "socks-udp"},
     # The addresses SHARED4/6 are shared: one LAN host's go to a proxy, port 80 of the others too, the rest goes direct.
     {"ip_cidr": SHARED, "source_cidr": [plan.CLIENT4_OTHER, plan.CLIENT6_OTHER], "outbound": "socks"},
     {"ip_cidr": SHARED, "port": [plan.HTTP_PORT], "protocol": "tcp", "outbound": "http"},

@@ -46,9 +46,9 @@ def test_malformed_packet_is_dropped_and_counted(lab: Lab, any_ztun: Ztun, packe
     assert lab.page(f"http://{plan.SITE4}/")
 
 
-def test_a_thousand_of_them_leave_it_working(lab: Lab, any_ztun: Ztun) -> None:
+def test_hundreds_of_them_leave_it_working(lab: Lab, any_ztun: Ztun) -> None:
     noise = random.Random(7)
-    for _ in range(1000):
+    for _ in range(300):
         body = noise.randbytes(noise.randrange(60))
         send_raw(
             lab, ipv4(body, protocol=noise.choice([1, 6, 17, 41, 50, 132]), fragment=noise.choice([0, 0, 0x2000, 7]))
@@ -71,5 +71,7 @@ def _gateway_mac(lab: Lab) -> bytes:
 
 
 def _drops(instance: Ztun) -> int:
-    status = instance.status()
-    return sum(status["drops"].values())
+    """Packets dropped by the stack and by the classifier, whatever the reason."""
+    counters = instance.routes()["counters"]
+    dropped = sum(counter["packets"] for reason, counter in counters.items() if reason.startswith("drop_"))
+    return dropped + sum(instance.status()["drops"].values())
