@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from ztun.gateway.engine import Engine
 from ztun.stack import Closed, Connection
 
-_MAX_QUERY = 65535
+_MAX_BUFFERED = 4 * 65535  # bytes of queries that wait; who sends more without reading answers is cut off
 _MAX_PENDING = 16  # queries of one connection under way at once
 
 
@@ -37,34 +37,44 @@ class DnsStream:
 
     def data(self, payload: memoryview, now: float) -> int:
         self._buffer += payload
-        while len(self._buffer) >= 2:
+        if len(self._buffer) > _MAX_BUFFERED:
+            self._conn.abort(now)
+            return 0
+        self._start()
+        return 0
+
+    def _start(self) -> None:
+        """Start on the queries that are whole, as far as _MAX_PENDING allows; the others wait for those to end."""
+        while len(self._buffer) >= 2 and len(self._tasks) < _MAX_PENDING:
             length = int.from_bytes(self._buffer[:2], "big")
             if len(self._buffer) < 2 + length:
                 break
             query = bytes(self._buffer[2 : 2 + length])
             del self._buffer[: 2 + length]
-            if len(self._tasks) >= _MAX_PENDING:
-                self._conn.abort(now)
-                break
             task = self._engine.loop.create_task(self._serve(query))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        return 0
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not self._conn.is_closed:
+            self._start()
+            self._finish_when_idle()
+            self._engine.send()
 
     async def _serve(self, query: bytes) -> None:
         reply = await self._answer(query)
         if reply is not None and not self._conn.is_closed:
             self._conn.send(memoryview(len(reply).to_bytes(2, "big") + reply), self._engine.now())
-        self._finish_when_idle(1)
-        self._engine.send()
+            self._engine.send()
 
-    def _finish_when_idle(self, finishing: int) -> None:
-        if self._done and len(self._tasks) <= finishing:
+    def _finish_when_idle(self) -> None:
+        if self._done and not self._tasks:
             self._conn.shutdown(self._engine.now())
 
     def eof(self, now: float) -> None:
         self._done = True
-        self._finish_when_idle(0)
+        self._finish_when_idle()
 
     def writable(self, now: float) -> None:
         pass
