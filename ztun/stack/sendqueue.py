@@ -29,7 +29,7 @@ class SendQueue:
         while chunks and chunks[0][0] <= sequence:
             _, _, owner = chunks.popleft()
             if owner is not None:
-                self._pool.release(owner)
+                self._pool.retire(owner)
         self.start = sequence
 
     def views(self, sequence: int, count: int) -> list[memoryview]:

@@ -72,6 +72,7 @@ class Stack:
         self.pool = BufferPool() if pool is None else pool
         self.timers = TimerQueue()
         self.outbox: list[Packet] = []
+        self.pool.outbox = self.outbox
         self.ack_later: list[Connection] = []
         self.connections: dict[bytes, Connection] = {}
         self.half_open = 0
