@@ -75,6 +75,23 @@ def test_ipv6_is_left_off_by_either_key(document: dict[str, Any]) -> None:
     assert settings.dns.fake_ip.range6 is None
 
 
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"tun": {"mtu": 576, "address6": None}},
+        {"tun": {"mtu": 1280}},
+        {"tun": {"mtu": 65535, "name": "fifteen-letters"}},
+        {"timeouts": {"dial": 0.001}},
+        {"dns": {"fake_ip": {"range": "10.0.0.0/24", "size": 253}}},
+        {"route": {"rules": [{"port": ["1", 65535, "1-65535"], "outbound": "block"}]}},
+        {"route": {"rules": [{"domain": ["a", "a.b.c"], "domain_suffix": "b.c", "outbound": "dns"}]}},
+        {"route": {"rules": [{"domain": ".".join(["x" * 63] * 3), "outbound": "direct"}]}},
+    ],
+)
+def test_the_ends_of_what_is_allowed_are_allowed(document: dict[str, Any]) -> None:
+    assert isinstance(parse(document), Settings)
+
+
 def test_one_value_may_stand_without_a_list() -> None:
     rule = {"ip_cidr": "192.0.2.0/24", "port": "8000-8999", "protocol": "udp", "source_cidr": "10.0.0.7"}
     (read,) = parse({"route": {"rules": [{**rule, "outbound": "block"}]}}).route.rules

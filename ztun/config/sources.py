@@ -80,8 +80,7 @@ class Overlay:
 
     def read_environment(self, environ: Mapping[str, str]) -> None:
         """ZTUN_SECTION__KEY=value for every key, however deep; a number is the place in a list (from 0)."""
-        # Shorter names first, so that ZTUN_TUN={...} does not undo ZTUN_TUN__MTU.
-        for variable in sorted(environ, key=lambda variable: (variable.count(DELIMITER), variable)):
+        for variable in sorted(environ):  # ZTUN_TUN={...} first, so that it does not undo ZTUN_TUN__MTU
             if variable.startswith(PREFIX):
                 self._read_variable(variable, environ[variable])
 
