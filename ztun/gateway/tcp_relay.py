@@ -25,7 +25,7 @@ class TcpRelay:
     """
 
     __slots__ = (
-        "_client_done", "_conn", "_engine", "_on_closed", "_pending", "_pending_size", "_reading", "_sock",
+        "_client_done", "_conn", "_engine", "_fd", "_on_closed", "_pending", "_pending_size", "_reading", "_sock",
         "_upstream_done", "_writing", "how",
     )  # fmt: skip
 
@@ -35,6 +35,7 @@ class TcpRelay:
         self._engine = engine
         self._conn = conn
         self._sock = sock
+        self._fd = sock.fileno()  # asyncio formats a socket object for every one it does not know yet
         self._on_closed = on_closed
         self._pending: deque[memoryview] = deque()
         self._pending_size = 0
@@ -75,7 +76,7 @@ class TcpRelay:
         self._pending_size += size
         if not self._writing:
             self._writing = True
-            self._engine.loop.add_writer(self._sock, self._writable)
+            self._engine.loop.add_writer(self._fd, self._writable)
 
     def eof(self, now: float) -> None:
         self._client_done = True
@@ -136,12 +137,12 @@ class TcpRelay:
     def _start_reading(self) -> None:
         if not self._reading and not self._upstream_done:
             self._reading = True
-            self._engine.loop.add_reader(self._sock, self._readable)
+            self._engine.loop.add_reader(self._fd, self._readable)
 
     def _stop_reading(self) -> None:
         if self._reading:
             self._reading = False
-            self._engine.loop.remove_reader(self._sock)
+            self._engine.loop.remove_reader(self._fd)
 
     def _writable(self) -> None:
         now = self._engine.loop.time()
@@ -180,7 +181,7 @@ class TcpRelay:
     def _stop_writing(self) -> None:
         if self._writing:
             self._writing = False
-            self._engine.loop.remove_writer(self._sock)
+            self._engine.loop.remove_writer(self._fd)
 
     def _shutdown_upstream(self) -> None:
         try:
