@@ -30,7 +30,7 @@ from ztun.names.pool import FakeIpPool
 from ztun.names.store import SqliteNameStore
 from ztun.outbound import OutboundSpec, make_outbounds
 from ztun.ports import Classifier, Outbound, PacketDevice, Routes
-from ztun.rules import Rules, Surroundings, compile_prefixes, make_surroundings
+from ztun.rules import Network, Rules, Surroundings, compile_prefixes, make_surroundings
 
 log = structlog.get_logger("ztun.app")
 
@@ -95,6 +95,7 @@ class Instance:
         self._gateway: Gateway | None = None
         self._outbounds: dict[str, Outbound] = {}
         self._names: FakeIpPool | None = None
+        self._countries: dict[str, list[Network]] = {}
         self._listen: list[str] = []
         self._servers: list[str] = []
         self._prefixes = 0
@@ -105,7 +106,7 @@ class Instance:
         await self._claim()
         addresses = [machine.InterfaceAddress(*found) for found in platform.interface_addresses()]
         await self._check(addresses)
-        rules = self._make_rules(addresses)
+        rules = await self._make_rules(addresses)
         # A step that takes long (compiling BPF) is followed by one that lets a signal or `ztun down` get a word in.
         await asyncio.sleep(0)
         await self._make_parts(rules, addresses)
@@ -145,13 +146,16 @@ class Instance:
         ranges = [network for network in (fake.range, fake.range6) if network is not None]
         return make_surroundings([(entry.address, entry.length) for entry in addresses], ranges)
 
-    def _make_rules(self, addresses: list[machine.InterfaceAddress]) -> Rules:
+    async def _make_rules(self, addresses: list[machine.InterfaceAddress]) -> Rules:
         country = None
         path = self.settings.route.geoip_database
         if path is not None:
             database = CountryDatabase(path)
             self._undo.push("the country database", database.close)
             country = database.country
+            codes = {code for rule in self.settings.route.rules for code in rule.geoip}
+            if codes:
+                self._countries = await asyncio.to_thread(database.networks_of, codes)
         return to_rules(self.settings, country).placed_in(self._surroundings(addresses))
 
     def _sweep(self) -> None:
@@ -218,7 +222,9 @@ class Instance:
         if reason is not None:
             self._notes.append(f"{classifier.backend} instead of the first choice: {reason}")
         around = rules.surroundings
-        prefixes = compile_prefixes(rules, around.builtin_direct, around.own_networks, around.fake_ranges)
+        prefixes = compile_prefixes(
+            rules, around.builtin_direct, around.own_networks, around.fake_ranges, self._countries.__getitem__
+        )
         classifier.replace_rules(prefixes)
         self._prefixes = len(prefixes)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from ztun.lab.namespace import wait_until
 from ztun.lab.snapshot import differences, snapshot
 from ztun.lab.ztun import complete
 
+# The writer of MaxMind DB files lies beside the tests of the configuration.
+write_database: Callable[[Path, dict[str, Any]], None] = runpy.run_path(
+    str(Path(__file__).parents[1] / "config" / "mmdb.py")
+)["write_database"]
 PROXY = f"socks5://{plan.UPSTREAM4}:{plan.SOCKS_PORT}"
 SITE = {"route": {"rules": [{"domain_suffix": ["site.test"], "outbound": "socks"}]}}
 
@@ -72,7 +77,7 @@ def test_it_says_in_a_few_lines_what_it_did(lab: Lab) -> None:
         f"captures  lan0, by {instance.routes()['backend']}",
         f"dns       {plan.GATEWAY_LAN4}:53, [{plan.GATEWAY_LAN6}]:53; queries to other servers are answered too",
         f"asks      udp://{plan.UPSTREAM4}:53",
-        "default   direct, after 1 rules in 17 prefixes",
+        "default   direct, after 1 rule in 17 prefixes",
         f"control   {instance.socket_path}",
     ]
 
@@ -194,6 +199,20 @@ def test_a_loop_that_hangs_lets_traffic_pass_and_takes_over_again(lab: Lab) -> N
     finally:
         os.kill(instance.pid, signal.SIGCONT)
     assert wait_until(lambda: lab.page(f"http://{plan.SITE4}/")["client"] == plan.UPSTREAM4)
+
+
+def test_the_networks_of_a_country_are_decided_in_the_kernel(lab: Lab) -> None:
+    path = lab.directory / "country.mmdb"
+    write_database(path, {f"{plan.SITE4}/32": {"country": {"iso_code": "DE"}}})
+    rules = [{"geoip": ["de"], "outbound": "socks"}]
+    instance = launch(lab, {"route": {"rules": rules, "geoip_database": str(path)}})
+    instance.wait_ready()
+    assert lab.page(f"http://{plan.SITE4}/")["client"] == plan.UPSTREAM4
+    assert lab.page(f"http://{plan.DIRECT4}/")["client"] == plan.CLIENT4
+    entries = next(table["entries"] for table in instance.routes()["maps"] if table["name"] == "prefixes4")
+    assert {"prefix": f"{plan.SITE4}/32", "verdict": "tunnel", "rule": 0}.items() <= next(
+        entry for entry in entries if entry["prefix"].startswith(plan.SITE4)
+    ).items()
 
 
 def test_two_instances_do_not_share_a_network_namespace(lab: Lab) -> None:

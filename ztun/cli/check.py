@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ztun.config import Settings, load, to_rules
 from ztun.config.models import RuleSettings
 from ztun.errors import ConfigError
 from ztun.geoip import CountryDatabase
-from ztun.rules import compile_prefixes, make_surroundings
+from ztun.rules import Network, compile_prefixes, make_surroundings
 
 
 def run_check(file: Path, *, json: bool) -> int:
@@ -23,8 +24,6 @@ def run_check(file: Path, *, json: bool) -> int:
 
     try:
         settings = load(file, os.environ)
-        if settings.route.geoip_database is not None:
-            CountryDatabase(settings.route.geoip_database).close()
         report = {"ok": True, "errors": [], **describe(settings)}
     except ConfigError as error:
         if json:
@@ -55,11 +54,25 @@ def describe(settings: Settings) -> dict[str, Any]:
 
 
 def count_prefixes(settings: Settings) -> int:
-    """How many prefixes the rules compile to, apart from those of this machine's own addresses."""
+    """How many prefixes the rules compile to, apart from those of this machine's own addresses. Raises ConfigError."""
     fake = settings.dns.fake_ip
     around = make_surroundings([], [network for network in (fake.range, fake.range6) if network is not None])
-    compiled = compile_prefixes(to_rules(settings), around.builtin_direct, around.own_networks, around.fake_ranges)
+    compiled = compile_prefixes(
+        to_rules(settings),
+        around.builtin_direct,
+        around.own_networks,
+        around.fake_ranges,
+        _countries(settings).__getitem__,
+    )
     return len(compiled)
+
+
+def _countries(settings: Settings) -> dict[str, list[Network]]:
+    path = settings.route.geoip_database
+    if path is None:
+        return {}
+    with closing(CountryDatabase(path)) as database:
+        return database.networks_of({code for rule in settings.route.rules for code in rule.geoip})
 
 
 def _listen(settings: Settings) -> list[str] | None:
@@ -79,7 +92,7 @@ def say_conditions(rule: RuleSettings) -> str:
             parts.append(f"{name} {_say_values(values)}")
     if rule.priority:
         parts.append(f"priority {rule.priority}")
-    return ", ".join(parts) or "everything"
+    return ", ".join(parts)
 
 
 def _say_values(values: Sequence[Any], most: int = 4) -> str:

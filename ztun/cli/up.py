@@ -61,13 +61,18 @@ def _announce(summary: Mapping[str, Any]) -> None:
         ("captures", f"{lan}, by {summary['backend']}"),
         ("dns", f"{', '.join(summary['dns']['listen']) or 'no listener'}{_say_hijack(summary)}"),
         ("asks", ", ".join(summary["dns"]["servers"])),
-        ("default", f"{_say_outbound(summary)}, after {rules['rules']} rules in {rules['prefixes']} prefixes"),
+        ("default", f"{_say_outbound(summary)}, after {_say_rules(rules)}"),
         ("control", summary["control"]),
     ]
     lines += [("note", note) for note in summary["notes"]]
     for name, value in lines:
         print(f"{name:<9} {value}")
     _flush()
+
+
+def _say_rules(rules: Mapping[str, int]) -> str:
+    count = rules["rules"]
+    return f"{count} {'rule' if count == 1 else 'rules'} in {rules['prefixes']} prefixes"
 
 
 def _say_hijack(summary: Mapping[str, Any]) -> str:
