@@ -28,7 +28,7 @@ class Server(NamedTuple):
     @property
     def is_address(self) -> bool:
         """Whether the host needs no look-up."""
-        return _address(self.host) is not None
+        return is_address(self.host)
 
     @property
     def is_private(self) -> bool:
@@ -42,6 +42,10 @@ def _address(host: str) -> IPv4Address | IPv6Address | None:
         return ip_address(host)
     except ValueError:
         return None
+
+
+def is_address(host: str) -> bool:
+    return _address(host) is not None
 
 
 def parse_server(url: str, key: str) -> Server:

@@ -25,7 +25,7 @@ import structlog
 from dnslib import RR
 
 from ztun.gateway.dns.listeners import DatagramListener, StreamListener, open_sockets
-from ztun.gateway.dns.servers import parse_servers
+from ztun.gateway.dns.servers import is_address, parse_servers
 from ztun.gateway.dns.transport import UpstreamError
 from ztun.gateway.dns.upstream import DEADLINE_S, Resolver, Scope
 from ztun.names.answer import Answer
@@ -138,7 +138,9 @@ class DnsService:
         return reply if over_tcp else fit(found, reply)
 
     async def resolve(self, name: str) -> list[str]:
-        """The real addresses of a name, IPv4 first; never Fake-IPs. Raises OutboundError."""
+        """The real addresses of a name, IPv4 first; never Fake-IPs. An address is its own. Raises OutboundError."""
+        if is_address(name):
+            return [name]
         scope = Scope.PRIVATE if special(name.lower().removesuffix(".")) is Special.LOCAL else Scope.ANY
         if scope is Scope.PRIVATE and not self._resolver.has(scope):
             scope = Scope.ANY

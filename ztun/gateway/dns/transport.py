@@ -89,9 +89,15 @@ class UdpTransport:
         for _ in range(_MAX_GUESSES):
             datagram = await loop.sock_recv(sock, _DATAGRAM)
             found = read_answer(datagram, question, exact_case=self._randomize_case)
-            if int.from_bytes(datagram[:2]) == identifier and isinstance(found, Answer):
+            is_ours = int.from_bytes(datagram[:2]) == identifier
+            if is_ours and isinstance(found, Answer):
                 return found
-            self._counters[f"upstream_{found.reason}" if isinstance(found, Unusable) else "upstream_wrong_id"] += 1
+            if not is_ours:
+                self._counters["upstream_wrong_id"] += 1
+            elif isinstance(found, Unusable):
+                self._counters[f"upstream_{found.reason}"] += 1
+                if found.reason == "wrong_case":
+                    break  # a server that does not keep the spelling, or somebody who could not see it
         return None
 
 
