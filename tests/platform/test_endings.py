@@ -28,9 +28,10 @@ from ztun.ports import Prefix, Verdict
 device = open_device("ztun0", 1500)
 make_routes("ztun0", mtu=1500, address="198.18.0.1/15", address6="2001:2::1/48").up()
 classifier = make_classifier(
-    sys.argv[1], "ztun0", ["lan0"], mark=1, hijack_dns=True, fail="open", own_addresses=[b"\\x0a\\x09\\0\\1"]
+    sys.argv[1], "ztun0", ["lan0"], mark=1, hijack_dns=True, fail=sys.argv[2], own_addresses=[b"\\x0a\\x09\\0\\1"]
 )
-classifier.replace_rules([Prefix(bytes(4), 0, Verdict.TUNNEL, -1), Prefix(bytes(16), 0, Verdict.TUNNEL, -1)])
+everything = [Prefix(bytes(size), 0, Verdict.TUNNEL, -1) for size in (4, 16)]
+classifier.replace_rules([*everything, Prefix(b"\\x0a\\x08\\0\\x03", 32, Verdict.DIRECT, 0)])
 classifier.attach()
 print("ready", flush=True)
 while True:
@@ -40,8 +41,8 @@ while True:
 
 
 @contextmanager
-def victim(world: World, backend: str) -> Iterator[subprocess.Popen[str]]:
-    process = world.gateway.spawn(sys.executable, "-c", VICTIM, backend, stdout=subprocess.PIPE, text=True)
+def victim(world: World, backend: str, fail: str = "open") -> Iterator[subprocess.Popen[str]]:
+    process = world.gateway.spawn(sys.executable, "-c", VICTIM, backend, fail, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         # The routes backend warns in the same stream.
@@ -54,14 +55,14 @@ def victim(world: World, backend: str) -> Iterator[subprocess.Popen[str]]:
         process.stdout.close()
 
 
-def reaches_server(world: World) -> bool:
+def reaches_server(world: World, address: str = SERVER4) -> bool:
     with (
         world.server.socket(socket.AF_INET, socket.SOCK_DGRAM) as service,
         world.client.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
     ):
-        service.bind((SERVER4, 7))
+        service.bind((address, 7))
         service.settimeout(0.1)
-        sender.sendto(b"hello", (SERVER4, 7))
+        sender.sendto(b"hello", (address, 7))
         try:
             return service.recvfrom(10)[1][0] == CLIENT4
         except TimeoutError:
@@ -110,6 +111,30 @@ def test_a_killed_gateway_lets_traffic_pass_and_the_next_one_sweeps(world: World
     with world.running(backend) as (device, _), world.client.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.sendto(b"hello", (FAR4, 9))
         assert read_packet(device) is not None
+
+
+@pytest.mark.parametrize("backend", ["auto", "clsact", "routes"])
+def test_with_fail_closed_a_killed_gateway_lets_only_direct_traffic_pass(world: World, backend: str) -> None:
+    world.forward()
+    world.server.ip("address add 10.8.0.3/24 dev eth0")
+    with victim(world, backend, "closed") as process:
+        assert reaches_server(world, "10.8.0.3")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert reaches_server(world, "10.8.0.3")
+        assert not wait_until(lambda: reaches_server(world), timeout=1.5)
+        assert sweep(TUN) != []
+        assert reaches_server(world)
+
+
+def test_interfaces_that_went_away_do_not_hinder_the_end(world: World, backend: str) -> None:
+    with world.running(backend, hijack_dns=True) as (device, classifier):
+        world.gateway.ip("link del lan0")
+        classifier.snapshot()
+        device.close()
+        classifier.close()
+    assert "proto 122" not in world.gateway.run("ip", "rule").stdout
+    assert TUN not in world.gateway.run("ip", "link").stdout
 
 
 def test_only_our_own_filters_are_swept(world: World) -> None:

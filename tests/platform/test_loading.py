@@ -97,6 +97,12 @@ def test_auto_takes_clsact_on_a_kernel_without_tcx(world: World, monkeypatch: py
     device.close()
 
 
+def test_auto_takes_clsact_where_capture_must_outlive_the_process(world: World) -> None:
+    with world.running("auto", fail="closed") as (_, classifier):
+        assert classifier.backend == "clsact"
+        assert "outlive" in str(classifier.fallback_reason)
+
+
 def test_auto_takes_routes_without_bcc_and_says_why(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bcc", None)
     with world.running("auto") as (_, classifier):

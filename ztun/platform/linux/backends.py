@@ -41,17 +41,15 @@ def choose(backend: str, capture: Capture) -> BpfClassifier | RoutesClassifier:
         by_routes.fallback_reason = str(error)
         return by_routes
     if classifier.fallback_reason:
-        log.warning("no TCX: capturing with clsact filters", reason=classifier.fallback_reason)
+        log.info("capturing with clsact filters", reason=classifier.fallback_reason)
     return classifier
 
 
 def _load(backend: str, capture: Capture) -> BpfClassifier:
     objects = bpf.load(layout.find_sources(), PROGRAMS, tuple(MAPS))
     try:
-        tcx = backend != "clsact" and has_tcx(objects.programs["reply"])
-        if backend == "tcx" and not tcx:
-            raise ZtunError("this kernel has no TCX (Linux 6.6): set capture.backend to auto")
-        if tcx:
+        reason = _why_not_tcx(backend, objects, capture)
+        if reason is None:
             return BpfClassifier(objects, "tcx", TcxHook, capture)
         make_hook = partial(ClsactHook, device=capture.device)
         _try_clsact(make_hook, objects, capture)
@@ -59,9 +57,21 @@ def _load(backend: str, capture: Capture) -> BpfClassifier:
     except BaseException:
         objects.close()
         raise
-    if backend != "clsact":
-        classifier.fallback_reason = "this kernel has no TCX (Linux 6.6)"
+    classifier.fallback_reason = None if backend == "clsact" else reason
     return classifier
+
+
+def _why_not_tcx(backend: str, objects: bpf.Objects, capture: Capture) -> str | None:
+    """None when TCX it is. Raises ZtunError when it was asked for by name and the kernel has none."""
+    if backend == "clsact":
+        return "asked for"
+    if not has_tcx(objects.programs["reply"]):
+        if backend == "tcx":
+            raise ZtunError("this kernel has no TCX (Linux 6.6): set capture.backend to auto")
+        return "this kernel has no TCX (Linux 6.6)"
+    if capture.fail_closed and backend != "tcx":
+        return "fail is closed, and a TCX link would not outlive a killed process"
+    return None
 
 
 def _try_clsact(make_hook: partial[ClsactHook], objects: bpf.Objects, capture: Capture) -> None:

@@ -169,7 +169,7 @@ class RoutesClassifier:
         if sysctl.read("ipv6/conf/all/forwarding") != "0":
             return
         # A forwarding interface ignores router advertisements, and would lose its default route, unless accept_ra is 2.
-        for _, ifname in socket.if_nameindex():
+        for ifname in ("default", *(name for _, name in socket.if_nameindex())):
             if sysctl.read(f"ipv6/conf/{ifname}/accept_ra") == "1":
                 self._sysctls.set(f"ipv6/conf/{ifname}/accept_ra", "2")
             # What is written to `all` is written to each of them.
