@@ -29,7 +29,7 @@ RANGE6 = IPv6Network("2001:2::/48")
 DNSMASQ_CONF = """
 no-resolv
 no-hosts
-no-daemon
+keep-in-foreground
 bind-interfaces
 listen-address=127.0.0.1
 local=/example/
