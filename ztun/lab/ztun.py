@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ztun.lab import plan
-from ztun.lab.namespace import Namespace
+from ztun.lab.namespace import Namespace, wait_until
 
 _MAIN = "import sys; from ztun.cli import main; sys.exit(main())"
 START_DEADLINE = 15.0  # seconds; bcc compiles on the way
@@ -91,6 +91,7 @@ class Ztun:
             if time.monotonic() > end:
                 raise RuntimeError(f"ztun up is not ready after {deadline:g} s:\n{self.output}")
             time.sleep(0.02)
+        wait_until(lambda: self.output, 1)  # it says what it did right after
 
     @property
     def pid(self) -> int:
