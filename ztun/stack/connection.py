@@ -13,7 +13,7 @@ from ztun.stack.receiver import Receiver
 from ztun.stack.sender import Sender
 from ztun.stack.state import Closed, State
 from ztun.stack.timers import NEVER
-from ztun.wire import tcp
+from ztun.wire import ip, tcp
 from ztun.wire.icmp import Reason
 from ztun.wire.sequence import MASK, unwrap
 from ztun.wire.tcp import ACK, FIN, RST, SYN
@@ -25,6 +25,7 @@ _CHALLENGE_INTERVAL = 0.5  # seconds between challenge ACKs of one flow (RFC 596
 _PAWS_IDLE = 24 * 86400.0  # RFC 7323 section 5.5: an idle connection's TS.Recent is no longer trusted
 _TS_OPTIONS = 12
 _DEFAULT_MSS4, _DEFAULT_MSS6 = 536, 1220  # RFC 9293 section 3.7.1
+_MINIMUM_MTU4 = 68  # RFC 791: what every link takes
 _MINIMUM_MSS = 88  # smaller offers are attacks on the sender (CVE-2019-11479), not networks
 
 
@@ -106,7 +107,7 @@ class Connection:
         self.client_mss = max(options.mss or (_DEFAULT_MSS6 if len(key) == 36 else _DEFAULT_MSS4), _MINIMUM_MSS)
         self._scaled = options.window_scale is not None
         own_scale = _scale_for(settings.receive_buffer) if self._scaled else 0
-        capacity = settings.receive_buffer if self._scaled else min(settings.receive_buffer, 0xFFFF)
+        capacity = min(settings.receive_buffer, 0xFFFF << own_scale)
         self.stamp_offset = stack.isn(key[::-1], 0.0)
         self.stamp_recent = options.timestamps[0] if options.timestamps else 0
         self._stamp_recent_at = now
@@ -197,6 +198,7 @@ class Connection:
     def send(self, data: memoryview, now: float, owner: memoryview | None = None) -> None:
         """Send bytes. owner: the pool's buffer that `data` lies in; it goes back to the pool once acknowledged."""
         self.sent += len(data)
+        self.last_data = now
         self.tx.push(data, owner, now)
 
     def consumed(self, count: int, now: float) -> None:
@@ -243,22 +245,27 @@ class Connection:
             return False
         seq = unwrap(seq, self.rx.nxt)
         length = end - payload
-        if not self._stamps_pass(options, bits, seq, now) or not self._is_acceptable(seq, length, bits, now):
+        if not self._stamps_pass(options, bits, length, now) or not self._is_acceptable(seq, length, bits, now):
             return False
+        if options.timestamps is not None and seq <= self.last_ack_sent:  # RFC 7323 section 5.3 R3
+            self.stamp_recent = options.timestamps[0]
+            self._stamp_recent_at = now
         self.last_heard = now
         self._probes = 0
         if bits & ACK == 0 or not self._take_ack(unwrap(ack, self.tx.una), seq, bits, window, length, options, now):
             return False
         if self.is_closed:
             return False
-        if self.rx.fin is not None:
-            length = min(length, self.rx.fin - seq)
+        rx = self.rx
+        if rx.fin is not None:
+            length = min(length, rx.fin - seq)
         kept = length > 0 and self._take_data(seq, packet[payload : payload + length], now)
-        if bits & FIN and self.rx.fin is None:
-            self.rx.fin = seq + length
-            if self.rx.fin != self.rx.nxt:
+        if bits & FIN:
+            if rx.fin is None:
+                rx.fin = seq + length
+            if rx.fin > rx.nxt and length <= 0:
                 self._emit_ack(now)
-        if self.rx.fin == self.rx.nxt:
+        if rx.fin == rx.nxt:
             self._take_fin(now)
         return kept
 
@@ -279,7 +286,7 @@ class Connection:
             # The client takes its first round-trip time from the SYN that is echoed: the dial is no part of it.
             self.stamp_recent = options.timestamps[0]
 
-    def _stamps_pass(self, options: tcp.Options, bits: int, seq: int, now: float) -> bool:
+    def _stamps_pass(self, options: tcp.Options, bits: int, length: int, now: float) -> bool:
         """PAWS (RFC 7323 section 5.3). A segment that lacks the agreed option is dropped, a RST aside."""
         if not self.timestamps or bits & RST:
             return True
@@ -291,11 +298,11 @@ class Connection:
         value = options.timestamps[0]
         if (value - self.stamp_recent) & 0x80000000 and now - self._stamp_recent_at < _PAWS_IDLE:
             self.stack.drop("tcp-paws")
-            self._emit_ack(now)
+            if length or bits & FIN:
+                self._emit_ack(now)
+            else:
+                self._challenge(now)  # two ends must not answer each other's ACKs for ever
             return False
-        if seq <= self.last_ack_sent:
-            self.stamp_recent = value
-            self._stamp_recent_at = now
         return True
 
     def _is_acceptable(self, seq: int, length: int, bits: int, now: float) -> bool:
@@ -318,8 +325,7 @@ class Connection:
             self._emit_ack(now)  # our ACK was lost, or a spurious retransmission
         else:
             self._challenge(now)
-        # In a closed window valid ACKs are processed all the same.
-        return counted == 0 and seq == self.rx.nxt
+        return False
 
     def _take_reset(self, seq: int, acceptable: bool, now: float) -> None:
         if seq == self.rx.nxt:
@@ -351,8 +357,13 @@ class Connection:
         before = tx.wnd
         una = tx.una
         empty = length == 0 and not bits & FIN
-        tx.set_window(window << self.scale, seq, ack)
-        sack = tuple((unwrap(left, una), unwrap(right, una)) for left, right in options.sack) if options.sack else ()
+        if ack >= una:
+            tx.set_window(window << self.scale, seq, ack)
+        sack: tuple[tuple[int, int], ...] = ()
+        if options.sack and self.sack_permitted:
+            sack = tuple((unwrap(left, una), unwrap(right, una)) for left, right in options.sack)
+        if ack > una:
+            self.last_data = now
         if ack > una or tx.flight() or before != tx.wnd:
             tx.acknowledge(ack, empty, before == tx.wnd, sack, now)
             if self.state is State.ESTABLISHED or self.state is State.CLOSE_WAIT:
@@ -370,7 +381,8 @@ class Connection:
             self.tx.rtt.sample(now - self._opened_at)
         self.tx.retries = 0
         self.stack.established()
-        self._idle_at = now + self.stack.settings.keepalive_idle
+        self.last_data = now
+        self._idle_at = now + min(self.stack.settings.keepalive_idle, self.stack.settings.tcp_idle)
         self.arm(self._idle_at)
         assert self.handler is not None
         self.handler.established(now)
@@ -397,7 +409,11 @@ class Connection:
                 return kept
             payload = payload[rx.nxt - seq :]
         if len(payload) > rx.edge - rx.nxt:
-            payload = payload[: rx.edge - rx.nxt]
+            payload = payload[: max(rx.edge - rx.nxt, 0)]
+        if not payload:  # only the FIN is new, or the window is shut and its probe wants an answer
+            rx.ack_now = True
+            self._acknowledge_later()
+            return False
         kept = self._deliver(payload, now)
         if rx.reassembly:
             rx.ack_now = True  # and so is a gap that was filled
@@ -435,7 +451,8 @@ class Connection:
         if self.state is State.FIN_WAIT_2:
             self._emit_ack(now)
             self.handler.eof(now)
-            self._enter_time_wait(now)
+            if self.state is State.FIN_WAIT_2:
+                self._enter_time_wait(now)
         else:
             self._acknowledge_later()
             self.handler.eof(now)
@@ -451,8 +468,6 @@ class Connection:
         self.stack.outbox.append((header, *views))
         rx.acknowledged()
         self.last_ack_sent = rx.nxt
-        if payload:
-            self.last_data = now
 
     def _stamp_option(self, now: float) -> bytes:
         return tcp.TIMESTAMPS.pack(tcp.TIMESTAMP_LEAD, self._stamp(now), self.stamp_recent)
@@ -550,26 +565,30 @@ class Connection:
     def _check_idle(self, now: float) -> None:
         """Keep-alive (RFC 9293 section 3.8.4), the idle time-out, and the end of FIN-WAIT-2."""
         settings = self.stack.settings
-        if self.state is State.FIN_WAIT_2 and now - max(self.last_data, self.last_heard) >= settings.fin_wait_2:
-            self._finish(Closed.FINISHED, now)
-            return
-        if now - self.last_data >= settings.tcp_idle or self._probes >= settings.keepalive_probes:
+        limit = settings.fin_wait_2 if self.state is State.FIN_WAIT_2 else settings.tcp_idle
+        if self.last_data + limit <= now or self._probes >= settings.keepalive_probes:
             self.abort(now, Closed.TIMED_OUT)
             return
-        if now - self.last_heard < settings.keepalive_idle and not self._probes:
-            self._idle_at = self.last_heard + settings.keepalive_idle
-        else:
+        following = self.last_heard + settings.keepalive_idle
+        if following <= now or self._probes:
             self._probes += 1
             self.emit(self.tx.nxt - 1, ACK, 0, [], now)
-            self._idle_at = now + settings.keepalive_interval
+            following = now + settings.keepalive_interval
+        self._idle_at = min(following, self.last_data + limit)
 
     def packet_too_big(self, mtu: int, seq: int, now: float) -> None:
-        """An ICMP error that quotes our segment `seq`: the path takes `mtu` bytes only (RFC 1191, RFC 8201)."""
+        """An ICMP error that quotes our segment `seq`: the path takes `mtu` bytes only (RFC 1191, RFC 8201).
+
+        A router older than RFC 1191 says 0, and 576 bytes is what every path should take (section 5 there).
+        """
         if not self.tx.una <= unwrap(seq, self.tx.una) < self.tx.nxt:  # RFC 5927 section 4.1
             self.stack.drop("icmp-sequence")
             return
-        floor = 1280 if len(self.key) == 36 else 68 + 20
-        size = max(mtu, floor) - (60 if len(self.key) == 36 else 40) - (_TS_OPTIONS if self.timestamps else 0)
+        if len(self.key) == 36:
+            mtu = max(mtu, ip.MINIMUM_MTU6)
+        elif mtu < _MINIMUM_MTU4:
+            mtu = 576
+        size = mtu - (60 if len(self.key) == 36 else 40) - (_TS_OPTIONS if self.timestamps else 0)
         if size < self.tx.mss:
             self.tx.mss = size
             self._set_sizes()

@@ -19,6 +19,10 @@ class RangeSet:
     def __bool__(self) -> bool:
         return bool(self._starts)
 
+    def __len__(self) -> int:
+        """How many ranges."""
+        return len(self._starts)
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return zip(self._starts, self._ends, strict=True)
 
@@ -41,6 +45,13 @@ class RangeSet:
         self._starts[low:high] = [start]
         self._ends[low:high] = [end]
         self.total += end - start
+
+    def containing(self, number: int) -> tuple[int, int] | None:
+        """The range that `number` lies in."""
+        index = bisect_right(self._starts, number) - 1
+        if index < 0 or self._ends[index] <= number:
+            return None
+        return self._starts[index], self._ends[index]
 
     def discard_below(self, bound: int) -> None:
         """Remove every integer below `bound`."""

@@ -3,43 +3,60 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
+
+from ztun.stack.ranges import RangeSet
 
 # Below this a copy is cheaper than keeping the 64 KiB buffer that the bytes arrived in.
 _COPY_BELOW = 16384
 
 
+# Arrivals that are remembered to order SACK blocks by.
+_RECENT = 8
+
+
 class Reassembly:
-    """Disjoint pieces [start, end) with their bytes, sorted by start. Bounded by the window that was advertised."""
+    """Disjoint pieces [start, end) with their bytes, sorted by start.
 
-    __slots__ = ("_pieces", "_recent", "size")
+    Their bytes are bounded by the window that was advertised, their number by `most`: beyond it new ones are not kept,
+    which a receiver may do with whatever it has not acknowledged (RFC 9293 section 3.10.7.4, RFC 2018 section 8).
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_most", "_pieces", "_ranges", "_recent")
+
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._pieces: list[tuple[int, int, memoryview | bytes]] = []
-        self._recent = 0
-        self.size = 0
+        self._ranges = RangeSet()
+        self._recent: deque[int] = deque(maxlen=_RECENT)
 
     def __bool__(self) -> bool:
         return bool(self._pieces)
+
+    @property
+    def size(self) -> int:
+        """Bytes that are held."""
+        return self._ranges.total
 
     def insert(self, start: int, data: memoryview) -> bool:
         """Keep the parts of `data` that are new. Returns True when a view of the buffer itself was kept.
 
         Bytes that are already here win over later ones for the same place, as RFC 9293 3.10.7.4 trims new segments.
         """
-        self._recent = start
+        self._recent.appendleft(start)
         kept = False
         end = start + len(data)
         index = bisect_right(self._pieces, start, key=lambda piece: piece[0])
         position = start
         if index and self._pieces[index - 1][1] > position:
             position = self._pieces[index - 1][1]
-        while position < end:
+        while position < end and len(self._pieces) < self._most:
             stop = min(end, self._pieces[index][0]) if index < len(self._pieces) else end
             if position < stop:
                 part = data[position - start : stop - start]
                 copy = len(part) < _COPY_BELOW
                 self._pieces.insert(index, (position, stop, bytes(part) if copy else part))
-                self.size += stop - position
+                self._ranges.add(position, stop)
                 kept = kept or not copy
                 index += 1
             if index >= len(self._pieces):
@@ -52,18 +69,23 @@ class Reassembly:
         """The bytes that start at `next_sequence`, if they are here."""
         while self._pieces and self._pieces[0][0] <= next_sequence:
             start, end, data = self._pieces.pop(0)
-            self.size -= end - start
+            self._ranges.discard_below(end)
             if end > next_sequence:
                 return memoryview(data)[next_sequence - start :]
         return None
 
-    def sack_blocks(self, limit: int) -> tuple[tuple[int, int], ...]:
-        """Up to `limit` ranges for the SACK option, the one with the latest arrival first (RFC 2018 section 4)."""
-        ranges: list[tuple[int, int]] = []
-        for start, end, _ in self._pieces:
-            if ranges and ranges[-1][1] == start:
-                ranges[-1] = (ranges[-1][0], end)
-            else:
-                ranges.append((start, end))
-        ranges.sort(key=lambda r: not r[0] <= self._recent < r[1])
-        return tuple(ranges[:limit])
+    def sack_blocks(self, limit: int) -> list[tuple[int, int]]:
+        """Up to `limit` ranges for the SACK option, those with the latest arrivals first (RFC 2018 section 4)."""
+        blocks: list[tuple[int, int]] = []
+        for number in self._recent:
+            block = self._ranges.containing(number)
+            if block is not None and block not in blocks:
+                blocks.append(block)
+                if len(blocks) == limit:
+                    return blocks
+        for block in self._ranges:
+            if block not in blocks:
+                blocks.append(block)
+                if len(blocks) == limit:
+                    break
+        return blocks

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from ztun.stack.reassembly import Reassembly
 
+# So many out-of-order pieces are held: one for each so many bytes of buffer, but at least so many.
+_BYTES_PER_PIECE = 512
+_PIECES = 256
+
 
 class Receiver:
     """Sequence numbers are full integers. nxt: next byte expected; edge: right edge of the advertised window."""
@@ -21,19 +25,32 @@ class Receiver:
         self.edge = first
         self.held = 0  # bytes that the handler has and could not pass on yet
         self.fin: int | None = None  # sequence number of the peer's FIN once it was seen
-        self.reassembly = Reassembly()
+        self.reassembly = Reassembly(max(capacity // _BYTES_PER_PIECE, _PIECES))
         self.unacknowledged = 0  # bytes received since the last ACK
         self.ack_now = False
         self.ack_at: float | None = None  # when a delayed ACK is due
         self.scheduled = False  # on the stack's list of connections to look at after this batch
 
     def window(self) -> int:
-        """The window to advertise, in bytes. Its right edge never moves back (RFC 9293 section 3.8.6.2.2)."""
+        """The window to advertise, a multiple of what the scale can say, in bytes.
+
+        Its right edge never moves back (RFC 9293 section 3.8.6.2.2), and forward by whole segments only. In between
+        it is rounded up where there is room, else down: that takes less than one unit back from what was advertised
+        (RFC 7323 section 2.4), not from what is accepted.
+        """
         free = self.capacity - self.held
-        edge = self.nxt + (free >> self.scale << self.scale)
+        nxt, scale = self.nxt, self.scale
+        edge = nxt + (free >> scale << scale)
         if edge - self.edge >= min(self.mss, self.capacity // 2):
             self.edge = edge
-        return max(self.edge - self.nxt, 0)
+            return edge - nxt
+        known = self.edge - nxt
+        if known <= 0:
+            return 0
+        if scale and (rounded := -(-known >> scale) << scale) <= free:
+            self.edge = nxt + rounded
+            return rounded
+        return known >> scale << scale
 
     def window_grew(self) -> bool:
         """True when the peer should hear of room that it does not know of: a quarter of the buffer, or two segments
@@ -43,9 +60,14 @@ class Receiver:
         return gain >= self.capacity // 4 or (known < 2 * self.mss <= gain)
 
     def acceptable(self, seq: int, length: int) -> bool:
-        """RFC 9293 section 3.10.7.4, first check. length counts SYN and FIN."""
+        """RFC 9293 section 3.10.7.4, first check. length counts SYN and FIN.
+
+        What begins at the very next byte is looked at even when the window is shut: its ACK counts, and its FIN.
+        """
+        if seq == self.nxt:
+            return True
         if length == 0:
-            return seq == self.nxt or self.nxt <= seq < self.edge
+            return self.nxt <= seq < self.edge
         return seq < self.edge and seq + length > self.nxt
 
     def count(self, length: int) -> None:

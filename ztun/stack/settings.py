@@ -23,7 +23,7 @@ class StackSettings:
     data_retries: int = 10
     delayed_ack: float = 0.04
     time_wait: float = 60.0
-    fin_wait_2: float = 60.0
+    fin_wait_2: float = 240.0  # without data from a client that we sent FIN (RFC 5382 REQ-5: at least 4 minutes)
     tcp_idle: float = 7440.0
     keepalive_idle: float = 600.0  # RFC 9293 3.8.4 wants two hours by default; a gateway holds state for strangers
     keepalive_interval: float = 75.0
