@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 from ztun.stack.buffers import BufferPool
 from ztun.stack.connection import Connection
+from ztun.stack.fragments import FragmentTable
 from ztun.stack.header import reset_for
 from ztun.stack.settings import StackSettings
 from ztun.stack.timers import TimerQueue
@@ -81,6 +82,7 @@ class Stack:
         self.received: dict[str, int] = {"tcp": 0, "udp": 0, "icmp": 0}
         self._time_wait = TimeWaitTable(settings.time_wait, settings.max_time_wait)
         self._icmp_tokens = TokenBucket(settings.icmp_rate, settings.icmp_burst)
+        self._fragments = FragmentTable()
         self._identification = isn(b"identification", 0.0)
 
     def drop(self, reason: str) -> None:
@@ -107,7 +109,8 @@ class Stack:
         flags, _, total, _, frag, _, _, _, key, seq, ack, bits, window, _, _ = _FAST4.unpack_from(packet)
         end = _IP + total
         if frag & 0x3FFF:
-            raise ip.MalformedError("ip-fragment")
+            self._receive_other(packet, now)
+            return False
         if end > len(packet) or total < 40:
             raise ip.MalformedError("ip-length")
         if not flags & vnet.CHECKED:
@@ -146,10 +149,11 @@ class Stack:
 
     def _receive_other(self, packet: memoryview, now: float) -> None:
         head = ip.parse(packet, _IP)
-        if head.fragment is not None:
-            raise ip.MalformedError("ip-fragment")
         if not ip.is_unicast(head.source):
             raise ip.MalformedError("ip-source")
+        if head.fragment is not None:
+            self._receive_fragment(packet, head, now)
+            return
         checked = bool(packet[0] & vnet.CHECKED)
         if head.protocol == ip.UDP:
             self._receive_udp(packet, head, checked, now)
@@ -159,6 +163,14 @@ class Stack:
             self._receive_icmp(packet, head, checked, now)
         else:
             self.drop("ip-protocol")
+
+    def _receive_fragment(self, packet: memoryview, head: ip.IpHeader, now: float) -> None:
+        whole = self._fragments.add(head, packet, _IP, now)
+        if whole is not None:
+            front = ip.header(head.source, head.destination, head.protocol, len(whole), head.hop_limit)
+            self._receive_other(memoryview(vnet.EMPTY + front + whole), now)
+        elif self._fragments:
+            self.timers.arm(self._fragments, self._fragments.deadline())
 
     def _receive_tcp_behind_options(self, packet: memoryview, head: ip.IpHeader, checked: bool, now: float) -> None:
         if head.end - head.payload < 20:
@@ -284,9 +296,12 @@ class Stack:
     ) -> None:  # fmt: skip
         bare = udp.header(source_port, destination_port, len(payload), 0) + bytes(payload)
         check = checksum.finish(checksum.ones_sum(bare, pseudo)) or 0xFFFF
-        whole = memoryview(udp.header(source_port, destination_port, len(payload), check) + bytes(payload))
+        whole = udp.header(source_port, destination_port, len(payload), check) + bytes(payload)
+        self._send_fragments(source, destination, ip.UDP, memoryview(whole))
+
+    def _send_fragments(self, source: bytes, destination: bytes, protocol: int, payload: memoryview) -> None:
         self._identification += 1
-        pieces = ip.fragments(source, destination, ip.UDP, whole, self.settings.mtu, self._identification)
+        pieces = ip.fragments(source, destination, protocol, payload, self.settings.mtu, self._identification)
         for head, piece in pieces:
             self.outbox.append((vnet.EMPTY + head, piece))
 
@@ -314,7 +329,8 @@ class Stack:
         elif self.listener.echo_requested(head.destination, now):
             reply = icmp.echo_reply(head, message)
             if len(reply) > self.settings.mtu:
-                self.drop("icmp-too-big")
+                body = memoryview(reply)[len(reply) - len(message) :]
+                self._send_fragments(head.destination, head.source, head.protocol, body)
             else:
                 self.outbox.append((vnet.EMPTY + reply,))
         else:
@@ -343,6 +359,12 @@ class Stack:
 
     def send_unreachable(self, invoking: bytes | memoryview, reason: icmp.Reason, now: float) -> None:
         """Answer a packet (from its IP header on) with Destination Unreachable, within the rate limit."""
+        self._send_error(invoking, lambda back, to, quote: icmp.unreachable(back, to, reason, quote), now)
+
+    def _send_error(
+        self, invoking: bytes | memoryview, build: Callable[[bytes, bytes, bytes | memoryview], bytes], now: float
+    ) -> None:
+        """Send the error that `build(source, destination, invoking)` makes, where one may be sent."""
         version6 = invoking[0] >> 4 == 6
         source = bytes(invoking[8:24] if version6 else invoking[12:16])
         destination = bytes(invoking[24:40] if version6 else invoking[16:20])
@@ -351,7 +373,7 @@ class Stack:
         elif not self._icmp_tokens.take(now):
             self.drop("icmp-rate")
         else:
-            self.outbox.append((vnet.EMPTY + icmp.unreachable(destination, source, reason, invoking),))
+            self.outbox.append((vnet.EMPTY + build(destination, source, invoking),))
 
     # Time.
 
@@ -367,6 +389,10 @@ class Stack:
 
     def handle_timer(self, now: float) -> None:
         self.timers.run(now)
+        late, self._fragments.timed_out = self._fragments.timed_out, []
+        for first in late:
+            self.drop("ip-fragment-time")
+            self._send_error(first, icmp.reassembly_time_exceeded, now)
 
 
 def _verify(addresses: bytes, protocol: int, data: memoryview, reason: str) -> None:

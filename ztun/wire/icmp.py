@@ -40,6 +40,13 @@ def unreachable(source: bytes, destination: bytes, reason: Reason, invoking: byt
     return _error(source, destination, UNREACHABLE6, code6, 0, invoking[:_QUOTE6])
 
 
+def reassembly_time_exceeded(source: bytes, destination: bytes, invoking: bytes | memoryview) -> bytes:
+    """An IP packet with Time Exceeded, code 1: the fragments after `invoking`, the first, did not come in time."""
+    if len(source) == 4:
+        return _error(source, destination, TIME_EXCEEDED, 1, 0, invoking[:_QUOTE4])
+    return _error(source, destination, TIME_EXCEEDED6, 1, 0, invoking[:_QUOTE6])
+
+
 def _error(source: bytes, destination: bytes, kind: int, code: int, rest: int, quote: bytes | memoryview) -> bytes:
     body = _ERROR.pack(kind, code, 0, rest) + bytes(quote)
     protocol, start = ip.ICMP, 0
