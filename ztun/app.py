@@ -21,6 +21,7 @@ from ztun.config import Settings, to_rules
 from ztun.control.lock import InstanceLock
 from ztun.control.notify import notify
 from ztun.control.server import ControlServer
+from ztun.describe import describe_rules
 from ztun.errors import ConfigError, ZtunError
 from ztun.gateway.dns import DnsOptions, DnsService
 from ztun.gateway.gateway import Gateway, GatewayOptions
@@ -57,6 +58,7 @@ async def run(settings: Settings, announce: Announce) -> int:
     announce: called once, when it works, with what was done (see Instance.summary). Raises ConfigError or ZtunError
     when it cannot start; everything is undone by then.
     """
+    machine.require_supported(settings)
     machine.require_privilege()
     asyncio.get_running_loop().set_exception_handler(_log_loop_error)
     stop = StopRequest()
@@ -330,6 +332,7 @@ class Instance:
             "backend": self._classifier.backend,
             **self._routes.snapshot(),
             **self._classifier.snapshot(),
+            "rules": describe_rules(self.settings),
             "counters": self._classifier.counters(),
         }
 

@@ -41,14 +41,16 @@ class StopRequest:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """While inside, SIGINT, SIGTERM and SIGHUP (the terminal went away) ask to stop."""
+        """While inside, SIGINT, SIGTERM and SIGHUP (the terminal went away) ask to stop; under nohup(1) not SIGHUP."""
         loop = asyncio.get_running_loop()
-        for number in _SIGNALS:
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+        caught = [number for number in _SIGNALS if number not in ignored]
+        for number in caught:
             loop.add_signal_handler(number, self._on_signal, number)
         try:
             yield
         finally:
-            for number in _SIGNALS:
+            for number in caught:
                 loop.remove_signal_handler(number)
 
 

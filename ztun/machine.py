@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from ztun.config import Settings
 from ztun.errors import ConfigError, ZtunError
 
 CAP_NET_ADMIN = 12  # linux/capability.h
@@ -48,6 +49,12 @@ def _may_change_network() -> bool:
             if name == "CapEff":
                 return bool(int(value, 16) >> CAP_NET_ADMIN & 1)
     return os.geteuid() == 0
+
+
+def require_supported(settings: Settings) -> None:
+    """Raises ConfigError for what may be written but cannot be done yet, and would be missed if it was left out."""
+    if settings.capture.host:
+        raise ConfigError("capture.host: this host's own traffic cannot be captured yet; set it to false")
 
 
 def require_interfaces(names: Sequence[str]) -> None:

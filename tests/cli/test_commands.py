@@ -23,7 +23,7 @@ STATUS: dict[str, Any] = {
     "tcp": {"active": 3, "total": 90},
     "udp": {"active": 1, "total": 4},
     "icmp": {"echo": 2},
-    "dns": {"queries": 12},
+    "dns": {f"counter_number_{number}": number for number in range(6)},
     "pool": {"size": 8192, "used": 5},
     "outbounds": {"office": {"type": "socks5", "active": 3}},
     "drops": {"bad checksum": 7, "too short": 0},
@@ -43,6 +43,7 @@ ROUTES: dict[str, Any] = {
             ],
         }
     ],
+    "rules": [{"rule": 0, "conditions": "ip_cidr 192.0.2.0/24, port 80", "outbound": "office"}],
     "counters": {"direct": {"packets": 3, "bytes": 300}, "tunnel": {"packets": 1234, "bytes": 3_000_000}},
 }
 # Stands in for `ztun up`: the real control server with answers that are known.
@@ -157,6 +158,7 @@ def test_status_for_a_person(socket_path: Path) -> None:
     done = ztun("status", "--socket", socket_path)
     assert done.stdout.splitlines()[0] == "running for 1 h 3 min"
     assert "tcp   active 3, total 90" in done.stdout
+    assert "dns   counter number 0 0, counter number 1 1, counter number 2 2,\n      counter number 3 3," in done.stdout
     assert "office  socks5" in done.stdout
     assert "bad checksum      7" in done.stdout
     assert "too short" not in done.stdout, "what never happened is left out"
@@ -170,6 +172,7 @@ def test_routes_for_a_person_fit_80_columns(socket_path: Path) -> None:
     assert "  classify_lan  tcx/ingress  eth1    42" in lines
     assert "  10.0.0.0/24   direct   built in     3" in lines
     assert "  192.0.2.0/24  tunnel          0  1234" in lines
+    assert "     0  ip_cidr 192.0.2.0/24, port 80  office" in lines
     assert max(map(len, lines)) <= 80
 
 
@@ -183,6 +186,14 @@ def test_a_reader_that_goes_away_gets_no_traceback(socket_path: Path) -> None:
     command = f"{sys.executable} -c '{MAIN}' routes --socket {socket_path} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30, check=False)
     assert done.stderr == ""
+
+
+def test_output_that_cannot_be_written_is_an_error(socket_path: Path) -> None:
+    command = f"{sys.executable} -c '{MAIN}' status --json --socket {socket_path}"
+    done = subprocess.run(["bash", "-c", command + " >/dev/full"], capture_output=True, text=True, check=False)
+    assert (done.stderr, done.returncode) == ("ztun: cannot print: no space left on device\n", 1)
+    done = subprocess.run(["bash", "-c", command + " >&-"], capture_output=True, text=True, check=False)
+    assert (done.stderr, done.returncode) == ("", 0)
 
 
 def test_an_unexpected_error_is_one_line_unless_debugging(tmp_path: Path) -> None:

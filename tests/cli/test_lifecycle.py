@@ -24,6 +24,19 @@ async def test_the_first_signal_asks_and_the_second_hurries(number: signal.Signa
         await asyncio.wait_for(stop.hurried.wait(), 1)
 
 
+async def test_under_nohup_the_end_of_the_terminal_is_ignored() -> None:
+    stop = StopRequest()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop.signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            await asyncio.sleep(0.05)
+            assert not stop.asked.is_set()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 async def test_asking_twice_over_the_control_socket_does_not_hurry() -> None:
     stop = StopRequest()
     stop.ask()

@@ -93,6 +93,24 @@ def test_what_it_says_as_json(lab: Lab) -> None:
     assert said["default"] == {"tag": "direct", "type": "direct", "server": None}
 
 
+def test_it_runs_on_when_nobody_reads_what_it_says(lab: Lab) -> None:
+    instance = lab.prepare()
+    instance.write(complete(SITE, instance.directory))
+    code = "import os; r, w = os.pipe(); os.dup2(w, 1); os.close(r); os.close(w)"
+    instance.launch(
+        "up", "--config", str(instance.config_path), env=os.environ | patched(lab.prepare().directory, code)
+    )
+    instance.wait_ready()
+    assert lab.page("http://site.test/")["client"] == plan.UPSTREAM4
+    assert instance.stop() == 0
+
+
+def test_what_cannot_be_captured_yet_is_refused(lab: Lab) -> None:
+    instance = launch(lab, {**SITE, "capture": {"host": True}})
+    assert ended(instance) == 2
+    assert instance.output == "ztun: capture.host: this host's own traffic cannot be captured yet; set it to false\n"
+
+
 def test_the_service_manager_is_told_once_it_works_and_when_it_ends(lab: Lab) -> None:
     path = lab.directory / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ztun.cli.streams import flush_stdout, forget_stdout
 from ztun.errors import ConfigError, ZtunError
 
 
@@ -20,11 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ztun.cli.commands import application
 
         code = application(args=arguments, prog_name="ztun", standalone_mode=False)
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        return _finish(code if isinstance(code, int) else 0)
     except BrokenPipeError:
-        # The reader (`| head`) had enough. Python would complain once more while flushing at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget_stdout()  # the reader (`| head`) had enough
         return 1
     except KeyboardInterrupt:
         return fail("interrupted", 1)
@@ -36,6 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             traceback.print_exc()
         return fail(*_explain(error))
+
+
+def _finish(code: int) -> int:
+    try:
+        flush_stdout()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        forget_stdout()
+        return fail(f"cannot print: {(error.strerror or str(error)).lower()}", 1)
+    return code
 
 
 def fail(message: str, code: int) -> int:

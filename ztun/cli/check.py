@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from ztun import machine
+from ztun.cli.streams import to_json
 from ztun.config import Settings, load, to_rules
-from ztun.config.models import RuleSettings
+from ztun.describe import describe_rules
 from ztun.errors import ConfigError
 from ztun.geoip import CountryDatabase
 from ztun.rules import Network, compile_prefixes, make_surroundings
@@ -20,17 +21,16 @@ def run_check(file: Path, *, json: bool) -> int:
 
     With `json`, the errors are printed as JSON as well.
     """
-    from ztun.cli.output import print_json
-
     try:
         settings = load(file, os.environ)
+        machine.require_supported(settings)
         report = {"ok": True, "errors": [], **describe(settings)}
     except ConfigError as error:
         if json:
-            print_json({"ok": False, "errors": str(error).splitlines()})
+            print(to_json({"ok": False, "errors": str(error).splitlines()}))
         raise
     if json:
-        print_json(report)
+        print(to_json(report))
     else:
         _show(file, report)
     return 0
@@ -44,10 +44,7 @@ def describe(settings: Settings) -> dict[str, Any]:
         "outbounds": [
             {"tag": outbound.tag, "type": outbound.type, "server": outbound.server} for outbound in settings.outbounds
         ],
-        "rules": [
-            {"rule": index, "conditions": say_conditions(rule), "outbound": rule.outbound}
-            for index, rule in enumerate(settings.route.rules)
-        ],
+        "rules": describe_rules(settings),
         "default": settings.route.default,
         "prefixes": count_prefixes(settings),
     }
@@ -81,32 +78,6 @@ def _listen(settings: Settings) -> list[str] | None:
 
 def _servers(settings: Settings) -> list[str] | None:
     return list(settings.dns.servers) if "servers" in settings.dns.model_fields_set else None
-
-
-def say_conditions(rule: RuleSettings) -> str:
-    """The conditions of a rule as one would say them: `domain_suffix corp.example, port 80 443`."""
-    parts = []
-    for name in type(rule).model_fields:
-        values = getattr(rule, name)
-        if name not in ("outbound", "priority") and values:
-            parts.append(f"{name} {_say_values(values)}")
-    if rule.priority:
-        parts.append(f"priority {rule.priority}")
-    return ", ".join(parts)
-
-
-def _say_values(values: Sequence[Any], most: int = 4) -> str:
-    words = [_say_value(value) for value in values[:most]]
-    if len(values) > most:
-        words.append(f"and {len(values) - most} more")
-    return " ".join(words)
-
-
-def _say_value(value: Any) -> str:
-    if isinstance(value, tuple):  # ports
-        first, last = value
-        return str(first) if first == last else f"{first}-{last}"
-    return str(value)
 
 
 def _show(file: Path, report: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ztun import __version__
+from ztun.cli.streams import to_json
 from ztun.control import DEFAULT_SOCKET
 
 application = typer.Typer(
@@ -75,11 +76,9 @@ def down(
     json: JsonOption = False,
 ) -> int:
     """Stop the running instance and wait until it is gone."""
-    from ztun.cli.output import print_json
-
     pid = _client(config, socket).stop(wait=STOP_WAIT)
     if json:
-        print_json({"state": "stopped", "pid": pid})
+        print(to_json({"state": "stopped", "pid": pid}))
     else:
         print(f"stopped (pid {pid})")
     return 0
@@ -95,9 +94,7 @@ def status(
     """Show what the running instance does: flows, datagrams, names, outbounds, drops."""
     answer = _client(config, socket).status()
     if json:
-        from ztun.cli.output import print_json
-
-        print_json(answer)
+        print(to_json(answer))
     else:
         from ztun.cli.status import show_status
 
@@ -115,9 +112,7 @@ def routes(
     """Show what is installed: routes, ip rules, BPF programs, maps with their entries and hits."""
     answer = _client(config, socket).routes()
     if json:
-        from ztun.cli.output import print_json
-
-        print_json(answer)
+        print(to_json(answer))
     else:
         from ztun.cli.routes import show_routes
 

@@ -1,21 +1,13 @@
-"""How the commands print: JSON for programs, tables of at most the terminal's width for people."""
+"""How the commands print for people: tables of at most the terminal's width, numbers with units."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
-
-def print_json(value: Any) -> None:
-    """Print `value` as JSON: indented for a terminal, one line for a pipe."""
-    indent = 2 if sys.stdout.isatty() else None
-    print(json.dumps(value, indent=indent, ensure_ascii=False))
 
 
 def make_console() -> Console:

@@ -28,6 +28,10 @@ def show_routes(answer: Mapping[str, Any]) -> None:
     console.print(f"  {_BACKENDS[backend]}" if backend in _BACKENDS else "", style="dim")
     _show_lines(console, "Routes", answer.get("routes"))
     _show_lines(console, "IP rules", answer.get("ip_rules"))
+    rules = list(answer.get("rules") or ())
+    if rules:
+        heading(console, "Rules")
+        console.print(table(rules, numbers=["rule"]))
     programs = [dict(program) for program in answer.get("programs") or ()]
     heading(console, "Programs", "" if programs else "none")
     if programs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ def show_status(status: Mapping[str, Any]) -> None:
     for name in _SECTIONS:
         section = status.get(name)
         if section:
-            console.print(_section_line(name, section), soft_wrap=False)
+            console.print(_section_lines(name, section, console.width), soft_wrap=True)
     outbounds = _rows(status.get("outbounds"))
     if outbounds:
         heading(console, "Outbounds")
@@ -40,13 +41,15 @@ def _first_line(status: Mapping[str, Any]) -> Text:
     return Text.assemble(*parts)
 
 
-def _section_line(name: str, section: Any) -> Text:
-    text = Text(f"{name:<6}", style="")
+def _section_lines(name: str, section: Any, width: int) -> str:
+    """`name` and its figures, filled into lines of `width` columns; a figure stays with its name."""
     if not isinstance(section, Mapping):
-        return text.append(say(section))
+        return f"{name:<6}{say(section)}"
     words = [f"{key.replace('_', ' ')} {say(value)}" for key, value in section.items() if value not in (None, {}, [])]
-    text.append(", ".join(words))
-    return text
+    # What may not be broken is held together by a character that wrap() does not take for a space.
+    text = ", ".join(word.replace(" ", "\0") for word in words)
+    lines = textwrap.wrap(text, width, initial_indent=f"{name:<6}", subsequent_indent=" " * 6, break_long_words=False)
+    return "\n".join(lines).replace("\0", " ")
 
 
 def _rows(outbounds: Any) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ztun.cli.streams import forget_stdout, to_json
 from ztun.config import Settings, load
 from ztun.errors import ConfigError
 
@@ -27,7 +28,13 @@ def run_up(
     log.configure(settings.log.level, settings.log.format, str(settings.log.file) if settings.log.file else None)
     from ztun import app
 
-    return app.run_until_stopped(settings, _announce_json if json else _announce)
+    def announce(summary: Mapping[str, Any]) -> None:
+        try:
+            print(to_json(dict(summary)) if json else _say(summary), flush=True)
+        except OSError:  # nobody reads it: the traffic does not care
+            forget_stdout()
+
+    return app.run_until_stopped(settings, announce)
 
 
 def read_settings(
@@ -45,14 +52,7 @@ def read_settings(
     return settings
 
 
-def _announce_json(summary: Mapping[str, Any]) -> None:
-    from ztun.cli.output import print_json
-
-    print_json(dict(summary))
-    _flush()
-
-
-def _announce(summary: Mapping[str, Any]) -> None:
+def _say(summary: Mapping[str, Any]) -> str:
     tun, rules = summary["tun"], summary["rules"]
     lan = ", ".join(summary["lan"]) or "no interface (set capture.lan or --lan)"
     lines = [
@@ -65,9 +65,7 @@ def _announce(summary: Mapping[str, Any]) -> None:
         ("control", summary["control"]),
     ]
     lines += [("note", note) for note in summary["notes"]]
-    for name, value in lines:
-        print(f"{name:<9} {value}")
-    _flush()
+    return "\n".join(f"{name:<9} {value}" for name, value in lines)
 
 
 def _say_rules(rules: Mapping[str, int]) -> str:
@@ -84,9 +82,3 @@ def _say_outbound(summary: Mapping[str, Any]) -> str:
     return (
         f"{outbound['tag']} ({outbound['type']} {outbound['server']})" if outbound["server"] else str(outbound["tag"])
     )
-
-
-def _flush() -> None:
-    import sys
-
-    sys.stdout.flush()
