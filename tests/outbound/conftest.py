@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import uvloop
 
-from . import peers
+from . import netns, peers
+from .netns import Namespace
 from .support import Sockets
 
 
@@ -58,3 +59,21 @@ def tinyproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 def tinyproxy_auth(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     with peers.tinyproxy(tmp_path_factory.mktemp("tinyproxy"), auth=True) as port:
         yield port
+
+
+@pytest.fixture(scope="session")
+def cable() -> Iterator[tuple[Namespace, Namespace]]:
+    with netns.cable() as both:
+        yield both
+
+
+@pytest.fixture
+def client(cable: tuple[Namespace, Namespace]) -> Iterator[Sockets]:
+    sockets = Sockets(cable[0].socket)
+    yield sockets
+    sockets.check()
+
+
+@pytest.fixture
+def router(cable: tuple[Namespace, Namespace]) -> Namespace:
+    return cable[1]

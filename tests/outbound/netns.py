@@ -18,6 +18,15 @@ UNREACHABLE4, PROHIBITED4, SILENT4 = "10.99.0.1", "10.98.0.1", "10.97.0.1"
 UNREACHABLE6, PROHIBITED6, SILENT6 = "fd99::1", "fd98::1", "fd97::1"
 NO_ROUTE4, NO_ROUTE6 = "192.0.2.1", "2001:db8::1"
 
+# Not routes of type "unreachable": what the kernel answers for those is limited in a way that no namespace can change.
+_ANSWERS = f"""add table inet t; add chain inet t c {{ type filter hook prerouting priority 0; }};
+    add rule inet t c ip daddr {UNREACHABLE4} reject with icmp host-unreachable;
+    add rule inet t c ip6 daddr {UNREACHABLE6} reject with icmpv6 addr-unreachable;
+    add rule inet t c ip daddr {PROHIBITED4} reject with icmp admin-prohibited;
+    add rule inet t c ip6 daddr {PROHIBITED6} reject with icmpv6 admin-prohibited;
+    add rule inet t c ip daddr {SILENT4} drop;
+    add rule inet t c ip6 daddr {SILENT6} drop"""
+
 
 class Namespace:
     """A network namespace. `socket` makes sockets that live in it, whoever uses them."""
@@ -49,7 +58,11 @@ class Namespace:
 
 
 def run(command: str) -> None:
-    subprocess.run(command.split(), check=True, capture_output=True)
+    output(command)
+
+
+def output(command: str) -> str:
+    return subprocess.run(command.split(), check=True, capture_output=True, text=True).stdout
 
 
 @contextlib.contextmanager
@@ -67,14 +80,8 @@ def cable() -> Iterator[tuple[Namespace, Namespace]]:
             run(f"ip -n {namespace.name} address add {six}/64 dev {link} nodad")
         for prefix in ("10.96.0.0/14", "fd90::/12"):
             run(f"ip -n {client.name} route add {prefix} via {ROUTER6 if ':' in prefix else ROUTER4}")
-        for sysctl in ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1", "net.ipv4.icmp_ratelimit=0"):
-            router.run(f"sysctl -qw {sysctl}")
+        router.run("sysctl -qw net.ipv4.ip_forward=1")
+        router.run("sysctl -qw net.ipv4.icmp_ratelimit=0")
         router.run("sysctl -qw net.ipv6.icmp.ratelimit=0")
-        for kind, four, six in (
-            ("unreachable", UNREACHABLE4, UNREACHABLE6),
-            ("prohibit", PROHIBITED4, PROHIBITED6),
-            ("blackhole", SILENT4, SILENT6),
-        ):
-            run(f"ip -n {router.name} route add {kind} {four}/32")
-            run(f"ip -n {router.name} route add {kind} {six}/128")
+        router.run(f"nft {_ANSWERS}")
         yield client, router

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -19,24 +19,6 @@ from . import netns
 from .netns import CLIENT4, NO_ROUTE4, NO_ROUTE6, ROUTER4, ROUTER6, SILENT4, SILENT6, Namespace
 from .peers import banner_server, converse
 from .support import DEADLINE, MARK, Sockets, nobody, outbound, refused, table, until
-
-
-@pytest.fixture(scope="module")
-def cable() -> Iterator[tuple[Namespace, Namespace]]:
-    with netns.cable() as both:
-        yield both
-
-
-@pytest.fixture
-def client(cable: tuple[Namespace, Namespace]) -> Iterator[Sockets]:
-    sockets = Sockets(cable[0].socket)
-    yield sockets
-    sockets.check()
-
-
-@pytest.fixture
-def router(cable: tuple[Namespace, Namespace]) -> Namespace:
-    return cable[1]
 
 
 def direct(client: Sockets, resolve: Resolve = nobody, deadline: float = 5) -> BaseOutbound:
@@ -99,7 +81,7 @@ async def test_a_resolver_that_does_not_answer(sockets: Sockets) -> None:
         (ROUTER4, Failure.REFUSED),
         (ROUTER6, Failure.REFUSED),
         (netns.UNREACHABLE4, Failure.HOST_UNREACHABLE),
-        (netns.UNREACHABLE6, Failure.NETWORK_UNREACHABLE),  # the router says "no route" for IPv6
+        (netns.UNREACHABLE6, Failure.HOST_UNREACHABLE),
         (netns.PROHIBITED4, Failure.HOST_UNREACHABLE),  # Linux reads "administratively prohibited" so for IPv4
         (netns.PROHIBITED6, Failure.PROHIBITED),
         (NO_ROUTE4, Failure.NETWORK_UNREACHABLE),

@@ -141,6 +141,10 @@ class Socks5Outbound(ProxyOutbound):
         if host in ("0.0.0.0", "::", ""):
             return str(control.getpeername()[0]), port
         if not tcp.is_literal(host):
-            async with asyncio.timeout(self._dial_timeout):
-                host = (await resolved(self._resolve, host))[0]
+            try:
+                async with asyncio.timeout(self._dial_timeout):
+                    host = (await resolved(self._resolve, host))[0]
+            except OutboundError as error:
+                what = f"{self._server}: the name of its relay does not resolve: {error}"
+                raise self._error(Failure.PROXY_UNREACHABLE, what) from None
         return host, port
