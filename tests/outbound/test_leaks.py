@@ -9,13 +9,13 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from ztun.outbound import make_outbounds
+from ztun.outbound import OutboundSpec, make_outbounds
 from ztun.outbound.base import BaseOutbound
 from ztun.ports import Destination, OutboundError
 
 from . import scripted
 from .scripted import Step, drips, falls_silent, hears_until, resets, says
-from .support import OutboundSpec, Sockets, same_descriptors, table
+from .support import Sockets, same_descriptors, table
 
 HOW_IT_ENDS: dict[str, list[Step]] = {
     "socks5 granted": [says(b"\x05\x00"), hears_until(b"\x00\x50"), says(b"\x05\x00\x00\x01" + bytes(6))],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+from collections.abc import Callable
 
 import pytest
 
@@ -64,9 +65,9 @@ async def test_a_proxy_may_do_without_the_credentials_that_it_was_offered(socket
 )
 @pytest.mark.parametrize("speaks", [says, drips])
 async def test_the_first_byte_after_the_reply_is_the_destinations(
-    sockets: Sockets, speaks: type[Step], reply: bytes
+    sockets: Sockets, speaks: Callable[[bytes], Step], reply: bytes
 ) -> None:
-    async with proxy(*NO_AUTH, ASK, speaks(reply + BANNER)) as port:  # type: ignore[arg-type,call-arg]
+    async with proxy(*NO_AUTH, ASK, speaks(reply + BANNER)) as port:
         sock = await outbound(sockets, "socks5", port).connect(Destination("four.example", 80))
         assert await read_exactly(sock, 100) == BANNER
         sock.close()
