@@ -6,6 +6,7 @@ not pay for what only `ztun up` needs.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ztun.cli.commands import application
 
         code = application(args=arguments, prog_name="ztun", standalone_mode=False)
-        return _finish(code if isinstance(code, int) else 0)
+        flush_stdout()
+        return code if isinstance(code, int) else 0
     except BrokenPipeError:
         forget_stdout()  # the reader (`| head`) had enough
         return 1
@@ -30,22 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as error:  # rich ends so when the reader of its output goes away
         return error.code if isinstance(error.code, int) else 0
     except BaseException as error:
+        if _is_full(error):
+            forget_stdout()  # what was not printed would fail once more at exit
         if _is_debug(arguments):
             import traceback
 
             traceback.print_exc()
         return fail(*_explain(error))
-
-
-def _finish(code: int) -> int:
-    try:
-        flush_stdout()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        forget_stdout()
-        return fail(f"cannot print: {(error.strerror or str(error)).lower()}", 1)
-    return code
 
 
 def fail(message: str, code: int) -> int:
@@ -60,12 +53,19 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return str(error), 2
     if isinstance(error, ZtunError):
         return str(error), 1
+    if _is_full(error):
+        return "cannot print: no space left on device", 1
     # typer carries click's exceptions under a name that differs between its versions; this method tells them.
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         return _explain_usage(error), 2
     return f"unexpected {type(error).__name__}: {error}; run it with --log-level debug to see where".replace(
         "\n", " "
     ), 1
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether what we print to has no room: files that we open ourselves have a name."""
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None
 
 
 def _explain_usage(error: BaseException) -> str:
