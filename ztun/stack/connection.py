@@ -57,7 +57,8 @@ class Handler(Protocol):
 
 
 class Connection:
-    """key: source and destination address, source and destination port of the client's packets, as on the wire."""
+    """key: source and destination address, source and destination port of the client's packets, as on the wire;
+    iss: our initial sequence number."""
 
     __slots__ = (
         "_challenge_at",
@@ -91,7 +92,7 @@ class Connection:
     )  # fmt: skip
 
     def __init__(
-        self, stack: Stack, key: bytes, syn: bytes, seq: int, options: tcp.Options, window: int, now: float
+        self, stack: Stack, key: bytes, iss: int, syn: bytes, seq: int, options: tcp.Options, window: int, now: float
     ) -> None:
         settings = stack.settings
         half = (len(key) - 4) // 2
@@ -111,7 +112,7 @@ class Connection:
         self.stamp_offset = stack.isn(key[::-1], 0.0)
         self.stamp_recent = options.timestamps[0] if options.timestamps else 0
         self._stamp_recent_at = now
-        self.iss = stack.isn(key, now)
+        self.iss = iss
         self.tx = Sender(self, self.iss + 1, self._payload_size())
         self.tx.set_window(window, seq, 0)
         self.rx = Receiver(seq + 1, capacity, own_scale, self._payload_size())

@@ -83,9 +83,9 @@ class RangeSet:
 
     def count_between(self, start: int, end: int) -> int:
         """How many integers of the set lie in [start, end)."""
-        total = 0
-        for left, right in self:
-            if left >= end:
-                break
-            total += max(0, min(right, end) - max(left, start))
-        return total
+        first = bisect_right(self._ends, start)
+        last = bisect_left(self._starts, end)
+        if first >= last:
+            return 0
+        total = sum(self._ends[first:last]) - sum(self._starts[first:last])
+        return total - max(start - self._starts[first], 0) - max(self._ends[last - 1] - end, 0)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ztun.stack.connection import Connection
 
 _DUPLICATE_THRESHOLD = 3
+_MAX_RANGES = 2048  # of the SACK scoreboard; only an attacker needs more (compare CVE-2019-11477)
 
 
 class Recovery(Enum):
@@ -177,7 +178,7 @@ class Sender:
     def _take_sack(self, sack: tuple[tuple[int, int], ...]) -> bool:
         before = self.sacked.total
         for start, end in sack:
-            if self.una < start < end <= self.nxt:
+            if self.una < start < end <= self.nxt and len(self.sacked) < _MAX_RANGES:
                 self.sacked.add(start, end)
         return self.sacked.total > before
 

@@ -12,7 +12,7 @@ from ztun.stack.fragments import FragmentTable
 from ztun.stack.header import reset_for
 from ztun.stack.settings import StackSettings
 from ztun.stack.timers import TimerQueue
-from ztun.stack.timewait import TimeWaitTable
+from ztun.stack.timewait import TimeWaitTable, Waiting
 from ztun.stack.tokenbucket import TokenBucket
 from ztun.wire import checksum, icmp, ip, tcp, udp, vnet
 from ztun.wire.sequence import MASK
@@ -208,27 +208,39 @@ class Stack:
         options = tcp.parse_options(packet[start + 20 : payload])
         waiting = self._time_wait.get(key, now)
         if waiting is not None and not waiting.may_reopen(seq, bits, options):
-            self._answer_from_time_wait(key, bits, now)
+            self._answer_from_time_wait(key, waiting, seq, bits, end - payload, now)
         elif bits & (tcp.SYN | tcp.ACK | tcp.RST | tcp.FIN) == tcp.SYN:
-            self._time_wait.remove(key)
-            self._open(key, packet, seq, options, window, now)
+            iss = self.isn(key, now)
+            if waiting is not None:
+                self._time_wait.remove(key)
+                iss = waiting.number_after(iss)
+            self._open(key, iss, packet, seq, options, window, now)
         elif bits & tcp.RST:
             self.drop("tcp-reset-closed")
         else:
             self._reset_closed(key, seq, ack, bits, end - payload)
 
-    def _answer_from_time_wait(self, key: bytes, bits: int, now: float) -> None:
+    def _answer_from_time_wait(
+        self, key: bytes, waiting: Waiting, seq: int, bits: int, length: int, now: float
+    ) -> None:
         """The last ACK was lost, or an old segment came late (RFC 9293 section 3.10.7.4, RFC 1337 for RST)."""
         self.drop("tcp-time-wait")
-        if not bits & tcp.RST:
-            self.outbox.append((self._time_wait.acknowledgment(key, now),))
+        if bits & tcp.RST:
+            return
+        if bits & tcp.FIN and (seq + length + 1 - waiting.expected) & MASK == 0:
+            self._time_wait.restart(key, now)
+        elif seq == waiting.expected & MASK and not length and not bits & tcp.SYN:
+            return  # a plain ACK as it should be; answering it would go on for ever if the client did the same
+        self.outbox.append((self._time_wait.acknowledgment(key, now),))
 
-    def _open(self, key: bytes, packet: memoryview, seq: int, options: tcp.Options, window: int, now: float) -> None:
+    def _open(
+        self, key: bytes, iss: int, packet: memoryview, seq: int, options: tcp.Options, window: int, now: float
+    ) -> None:
         if len(self.connections) >= self.settings.max_connections or self.half_open >= self.settings.max_half_open:
             self.drop("tcp-limit")
             self._reset_closed(key, seq, 0, tcp.SYN, 0)
             return
-        conn = Connection(self, key, bytes(packet[_IP : _IP + _QUOTE]), seq, options, window, now)
+        conn = Connection(self, key, iss, bytes(packet[_IP : _IP + _QUOTE]), seq, options, window, now)
         self.connections[key] = conn
         self.half_open += 1
         self.opened += 1

@@ -9,6 +9,8 @@ from ztun.stack.header import FlowHeader
 from ztun.wire import tcp
 from ztun.wire.sequence import MASK
 
+_BEYOND = 0x10000 + 1  # further than any unscaled window of the old connection reached
+
 
 class Waiting(NamedTuple):
     """nxt: our next sequence number; expected: the client's; stamps: (offset of our TSval, the client's last TSval)."""
@@ -27,6 +29,12 @@ class Waiting(NamedTuple):
             if ahead:
                 return ahead < 0x80000000
         return 0 < (seq - self.expected) & MASK < 0x80000000
+
+    def number_after(self, iss: int) -> int:
+        """`iss`, or where that is not above all that the old connection used, one that is (RFC 9293 MAY-2)."""
+        if 0 < (iss - self.nxt) & MASK < 0x80000000:
+            return iss
+        return (self.nxt + _BEYOND) & MASK
 
 
 class TimeWaitTable:
@@ -54,6 +62,11 @@ class TimeWaitTable:
 
     def remove(self, key: bytes) -> None:
         self._entries.pop(key, None)
+
+    def restart(self, key: bytes, now: float) -> None:
+        """Wait the whole time again: the client sent its FIN once more (RFC 9293 section 3.10.7.4)."""
+        self._entries[key] = self._entries[key]._replace(until=now + self._time)
+        self._entries.move_to_end(key)
 
     def acknowledgment(self, key: bytes, now: float) -> bytes:
         """The ACK that answers a segment of the old connection."""
