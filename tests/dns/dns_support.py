@@ -182,9 +182,10 @@ class ScriptedServer:
         self.queries: list[DNSRecord] = []
         self.peers: list[tuple[str, str]] = []
         self.port = 0
+        self._writers: list[asyncio.StreamWriter] = []
 
     async def __aenter__(self) -> ScriptedServer:
-        self._tcp = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._tcp = await asyncio.start_server(self._accepted, "127.0.0.1", 0)
         self.port = self._tcp.sockets[0].getsockname()[1]
         loop = asyncio.get_running_loop()
         self._udp, _ = await loop.create_datagram_endpoint(
@@ -195,6 +196,9 @@ class ScriptedServer:
     async def __aexit__(self, *_exc: object) -> None:
         self._udp.close()
         self._tcp.close()
+        for writer in self._writers:
+            writer.transport.abort()
+        await asyncio.sleep(0)
 
     @property
     def url(self) -> str:
@@ -210,8 +214,12 @@ class ScriptedServer:
         await asyncio.sleep(self.delay)
         return self.script(query, over_tcp)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.append(writer)
         self.peers.append(("tcp", writer.get_extra_info("peername")[0]))
+        await self._serve(reader, writer)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while True:
                 length = int.from_bytes(await reader.readexactly(2))

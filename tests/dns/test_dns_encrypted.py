@@ -98,6 +98,7 @@ class HttpsServer:
         writer.write(len(query).to_bytes(2) + query)
         answer = await reader.readexactly(int.from_bytes(await reader.readexactly(2)))
         writer.close()
+        await writer.wait_closed()
         return web.Response(body=answer, status=self.status, content_type=self.content_type)
 
 

@@ -105,6 +105,8 @@ async def test_stream_is_not_idle_while_an_answer_is_awaited(
         reader, writer = await connect(bench)
         writer.write(framed("www.direct.example"))
         assert told(await next_reply(reader)) == ["192.0.2.1"]
+        writer.write(framed("www.example"))
+        assert told(await next_reply(reader)) == ["198.18.0.2"]
         writer.close()
 
 

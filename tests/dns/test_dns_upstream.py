@@ -308,8 +308,6 @@ async def test_queries_share_a_connection_and_do_not_wait_for_each_other(make_be
 
     class Uneven(ScriptedServer):
         async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            self.peers.append(("tcp", ""))
-
             async def answer(message: bytes) -> None:
                 query = DNSRecord.parse(message)
                 await asyncio.sleep(delays.get(str(query.q.qname), random.random() / 50))

@@ -153,6 +153,14 @@ def test_restart_keeps_addresses_and_their_order_and_lets_them_rest() -> None:
     assert after.assign("c", 15) == fakes["b"]
 
 
+def test_new_name_of_a_recycled_address_is_written_down_at_once() -> None:
+    store = FakeStore()
+    pool = make_pool(1, store=store)
+    pool.assign("a", 0)
+    pool.assign("b", REST)
+    assert store.kept == {0: "b"}
+
+
 def test_stored_rows_that_make_no_sense_are_passed_over() -> None:
     # Slot 9 is from a time with more slots, and `a` moved from slot 0 to 2.
     pool = make_pool(store=FakeStore({9: "z", 0: "a", -1: "y", 1: "b", 2: "A."}))

@@ -28,7 +28,7 @@ _ATTEMPT_S = {"udp": 1.0, "tcp": 2.0, "tls": 2.5, "https": 2.5}
 _ROUNDS = 3
 # A server that failed is asked last for so long; twice as long each time it fails again.
 _FIRST_PENALTY_S, _MAX_PENALTY_S = 2.0, 60.0
-_MAX_IN_FLIGHT = 1024
+_MAX_IN_FLIGHT = 512
 _RETRIED_RCODES = (Rcode.FORMERR, Rcode.SERVFAIL, Rcode.NOTIMP, Rcode.REFUSED)
 
 
