@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shlex
+import signal
 import socket
 import subprocess
 import time
@@ -41,7 +43,10 @@ def program(directory: Path, port: int, *command: str, host: str = "127.0.0.1") 
     binds = "".join(f"mount --bind {directory / name} /etc/{name} && " for name in ("hosts", "passwd", "shadow"))
     log = (directory / "log").open("wb")
     process = subprocess.Popen(
-        ["unshare", "--mount", "sh", "-c", f"{binds} exec {shlex.join(command)}"], stdout=log, stderr=log
+        ["unshare", "--mount", "sh", "-c", f"{binds} exec {shlex.join(command)}"],
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
     )
     try:
         _wait_for(process, host, port)
@@ -49,6 +54,8 @@ def program(directory: Path, port: int, *command: str, host: str = "127.0.0.1") 
     finally:
         process.terminate()
         process.wait(5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # children of Dante outlive it while they have sessions
         log.close()
 
 
