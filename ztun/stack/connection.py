@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ztun.stack.header import FlowHeader
 from ztun.stack.receiver import Receiver
-from ztun.stack.sender import Sender
+from ztun.stack.sender import Recovery, Sender
 from ztun.stack.state import Closed, State
 from ztun.stack.timers import NEVER
 from ztun.wire import ip, tcp
@@ -197,7 +197,14 @@ class Connection:
             self._finish(Closed.UNREACHABLE, now)
 
     def send(self, data: memoryview, now: float, owner: memoryview | None = None) -> None:
-        """Send bytes. owner: the pool's buffer that `data` lies in; it goes back to the pool once acknowledged."""
+        """Send bytes. owner: the pool's buffer that `data` lies in; it goes back to the pool once acknowledged.
+
+        Without effect when our side is closed.
+        """
+        if self.state is not State.ESTABLISHED and self.state is not State.CLOSE_WAIT:
+            if owner is not None:
+                self.stack.pool.release(owner)
+            return
         self.sent += len(data)
         self.last_data = now
         self.tx.push(data, owner, now)
@@ -365,14 +372,23 @@ class Connection:
             sack = tuple((unwrap(left, una), unwrap(right, una)) for left, right in options.sack)
         if ack > una:
             self.last_data = now
+            if tx.rtt.backed_off and options.timestamps is not None and self.timestamps:
+                self._measure(options.timestamps[1], now)
         if ack > una or tx.flight() or before != tx.wnd:
             tx.acknowledge(ack, empty, before == tx.wnd, sack, now)
             if self.state is State.ESTABLISHED or self.state is State.CLOSE_WAIT:
-                if self.handler is not None and (ack > una or tx.wnd > before):
+                # In recovery a duplicate makes room, too.
+                if self.handler is not None and (ack > una or tx.wnd > before or tx.recovery is not Recovery.NONE):
                     self.handler.writable(now)
             else:
                 self._acknowledged_fin(now)
         return True
+
+    def _measure(self, echo: int, now: float) -> None:
+        """An echoed timestamp tells which transmission was answered, so Karn's doubt ends (RFC 7323 section 4.2)."""
+        elapsed = (self._stamp(now) - echo) & MASK
+        if elapsed < 60_000:
+            self.tx.rtt.sample(elapsed / 1000)
 
     def _establish(self, seq: int, ack: int, now: float) -> None:
         self.state = State.ESTABLISHED

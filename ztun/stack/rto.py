@@ -8,12 +8,14 @@ _GRANULARITY = 0.001
 class RttEstimator:
     """Keeps SRTT, RTTVAR and RTO, all in seconds. srtt is None before the first sample."""
 
-    __slots__ = ("_maximum", "_minimum", "rto", "rttvar", "srtt")
+    __slots__ = ("_initial", "_maximum", "_minimum", "backed_off", "rto", "rttvar", "srtt")
 
     def __init__(self, initial: float, minimum: float, maximum: float) -> None:
         self.srtt: float | None = None
         self.rttvar = 0.0
         self.rto = initial
+        self.backed_off = False
+        self._initial = initial
         self._minimum = minimum
         self._maximum = maximum
 
@@ -25,9 +27,18 @@ class RttEstimator:
         else:
             self.rttvar += (abs(self.srtt - rtt) - self.rttvar) / 4
             self.srtt += (rtt - self.srtt) / 8
-        rto = self.srtt + max(_GRANULARITY, 4 * self.rttvar)
-        self.rto = min(max(rto, self._minimum), self._maximum)
+        self.restore()
 
     def back_off(self) -> None:
         """Double the time-out after it expired (5.5)."""
         self.rto = min(self.rto * 2, self._maximum)
+        self.backed_off = True
+
+    def restore(self) -> None:
+        """The time-out as it is without back-off (2.2, 2.3)."""
+        self.backed_off = False
+        if self.srtt is None:
+            self.rto = self._initial
+        else:
+            rto = self.srtt + max(_GRANULARITY, 4 * self.rttvar)
+            self.rto = min(max(rto, self._minimum), self._maximum)

@@ -31,9 +31,9 @@ class Sender:
     """una: oldest unacknowledged; nxt: next to send; wnd: the peer's window; mss: payload of a full segment."""
 
     __slots__ = (
-        "_conn", "_duplicates", "_high_retransmit", "_limited", "_lost_until", "_recover", "_timed_at", "_timed_seq",
-        "_wl1", "_wl2", "cc", "fin_queued", "largest", "last_send", "limit", "mss", "nxt", "queue", "recovery",
-        "retransmits", "retries", "rto_at", "rtt", "sacked", "una", "wnd",
+        "_conn", "_duplicates", "_entered_at", "_high_retransmit", "_limited", "_lost_until", "_max_wnd", "_probing",
+        "_recover", "_timed_at", "_timed_seq", "_wl1", "_wl2", "cc", "fin_queued", "largest", "last_send", "limit",
+        "mss", "nxt", "queue", "recovery", "retransmits", "retries", "rto_at", "rtt", "sacked", "una", "wnd",
     )  # fmt: skip
 
     def __init__(self, conn: Connection, first: int, mss: int) -> None:
@@ -45,6 +45,8 @@ class Sender:
         self.largest = mss
         self.limit = settings.send_buffer
         self.wnd = 0
+        self._max_wnd = 0
+        self._probing = False  # the one octet in flight was sent into a shut window
         self.cc = NewReno(mss)
         self.rtt = RttEstimator(settings.initial_rto, settings.min_rto, settings.max_rto)
         self.sacked = RangeSet()
@@ -57,6 +59,7 @@ class Sender:
         self._wl1 = self._wl2 = 0
         self._duplicates = 0
         self._recover = first
+        self._entered_at = 0.0
         self._high_retransmit = first
         self._lost_until = first
         self._timed_seq: int | None = None
@@ -66,16 +69,30 @@ class Sender:
     # What the application may do.
 
     def room(self) -> int:
-        """How many bytes can be sent at once. Small gaps are not worth a super-segment while ACKs are on their way."""
-        if self.fin_queued or self.recovery is not Recovery.NONE:
+        """How many bytes can be sent at once. Small gaps are not worth a super-segment while ACKs are on their way.
+
+        With a shut window it is one segment: what is queued makes the sender probe, so that a lost window update is
+        no deadlock.
+        """
+        if self.fin_queued:
             return 0
+        queued = self.queue.end - self.una
+        if self.recovery is not Recovery.NONE:
+            return self._room_in_recovery(queued)
         window = min(self.cc.cwnd, self.wnd, self.limit)
-        room = window - (self.queue.end - self.una)
-        if room < self.largest:
-            self._limited = self.cc.cwnd <= self.wnd
-            if self.queue.end > self.una and room < min(window // 4, self.largest):
-                return 0
-        return min(room, self.largest)
+        room = window - queued
+        if room >= self.largest:
+            return self.largest
+        self._limited = self.cc.cwnd <= self.wnd
+        if room < self.mss:
+            return 0 if queued else self.mss
+        return 0 if queued and room < window // 4 else room - room % self.mss
+
+    def _room_in_recovery(self, queued: int) -> int:
+        """New data keeps the ACKs coming when there is nothing left to retransmit (RFC 6675 section 4, NextSeg 2)."""
+        unsent = self.queue.end - self.nxt
+        room = min(self.cc.cwnd - self._pipe() - unsent, self.wnd - queued, self.limit - queued, self.largest)
+        return room if room >= self.mss else 0
 
     def push(self, data: memoryview, owner: memoryview | None, now: float) -> None:
         """Queue bytes and send what the windows allow."""
@@ -107,16 +124,18 @@ class Sender:
         """Send one segment of new data within `room` bytes. False when there is none, or it is not worth a segment."""
         unsent = self.queue.end - self.nxt
         if unsent <= 0:
-            if self.unsent() == 1:
+            if room > 0 and self.unsent() == 1:
                 self._send(self.nxt, 1, now)
             return False
         count = min(unsent, room, self.largest)
-        if count <= 0 or (count < unsent and count < self.mss and self.flight()):
-            self._limited = True
+        # Silly window avoidance (RFC 9293 section 3.8.6.2.1): what is less than a segment waits, unless it is all there
+        # is or half of the largest window the peer ever had.
+        if count <= 0 or (count < unsent and count < self.mss and 2 * count < self._max_wnd):
+            self._limited = self.cc.cwnd <= self.wnd
             return False
         if self.mss < count < unsent:
             count -= count % self.mss
-        if count == unsent and self.fin_queued:
+        if count == unsent and self.fin_queued and count < room:
             count += 1
         self._send(self.nxt, count, now)
         return True
@@ -155,6 +174,8 @@ class Sender:
         """Take the peer's window unless the segment is older than the one that set it (RFC 9293 section 3.10.7.4)."""
         if seq > self._wl1 or (seq == self._wl1 and ack >= self._wl2):
             self.wnd = window
+            if window > self._max_wnd:
+                self._max_wnd = window
             self._wl1, self._wl2 = seq, ack
 
     def acknowledge(
@@ -163,15 +184,21 @@ class Sender:
         """Process an acceptable ACK. empty: the segment had neither data nor FIN."""
         if ack > self.una or self.wnd == 0:
             self.retries = 0
+        if self._probing and (ack > self.una or self.wnd):
+            self._end_probing(ack)
         news = self._take_sack(sack) if sack else False
         if ack > self.una:
             self._advance(ack, now)
-        elif self.flight() and empty and (news or (same_window and ack == self.una)):
-            self._duplicates += 1
-        if self.recovery is not Recovery.FAST and self._is_loss():
-            self._enter_fast_recovery()
+        elif (
+            self.wnd
+            and self.flight()
+            and (news if self._conn.sack_permitted else empty and same_window and ack == self.una)
+        ):
+            self._duplicates += 1  # RFC 6675 section 2: with SACK an ACK that brings news; else RFC 5681 section 2
         if self.recovery is Recovery.FAST:
             self._mark_lost()
+        elif self._is_loss():
+            self._enter_fast_recovery(now)
         if self.unsent() > 0 or self.recovery is not Recovery.NONE:
             self.transmit(now)
 
@@ -190,47 +217,73 @@ class Sender:
             self._timed_seq = None
         self.una = ack
         self.queue.acknowledge(min(ack, self.queue.end))
-        self._duplicates = 0
         if self.sacked:
             self.sacked.discard_below(ack)
         if self.recovery is Recovery.NONE:
+            self._duplicates = 0
             if self._limited or flight >= self.cc.cwnd:
                 self.cc.acknowledged(count)
                 self._limited = False
         else:
-            self._advance_in_recovery(ack, count)
+            self._advance_in_recovery(ack, count, now)
         self.rto_at = now + self.rtt.rto if self.nxt > ack or self.unsent() > 0 else None
         if self.rto_at is not None:
             self._conn.arm(self.rto_at)
 
-    def _advance_in_recovery(self, ack: int, count: int) -> None:
+    def _advance_in_recovery(self, ack: int, count: int, now: float) -> None:
         if ack >= self._recover:
             if self.recovery is Recovery.FAST:
                 self.cc.cwnd = self.cc.ssthresh
+            else:
+                self.cc.acknowledged(min(count, self.cc.cwnd))
             self.recovery = Recovery.NONE
+            self._duplicates = 0
             return
-        if self.recovery is Recovery.LOSS:
-            self.cc.acknowledged(count)
-        elif not self._conn.sack_permitted:
-            self._lost_until = ack + self.mss  # a partial ACK names the next hole (RFC 6582 section 3.2 step 3)
+        untouched = self._high_retransmit <= ack
         self._high_retransmit = max(self._high_retransmit, ack)
+        if self.recovery is Recovery.LOSS:
+            self.cc.acknowledged(min(count, self.cc.cwnd))
+        elif not self._conn.sack_permitted:
+            # The partial ACK names the next hole; what it covers had brought duplicates (RFC 6582 section 3.2 step 3).
+            self._duplicates = max(self._duplicates + 1 - count // self.mss, 0)
+            self._lost_until = max(self._lost_until, min(ack + self.mss, self.nxt))
+            self._retransmit_first(now)
+        elif untouched and now - self._entered_at >= (self.rtt.srtt or 0.0):
+            # The retransmission arrived, and what was sent long before it did not: it is lost (as RFC 8985 argues).
+            self._lost_until = max(self._lost_until, self._recover)
+            self._retransmit_first(now)
 
     # Loss recovery.
 
     def _is_loss(self) -> bool:
+        """IsLost of the first unacknowledged byte (RFC 6675 section 4), not within a recovery (RFC 6582 section 4)."""
         if self.recovery is Recovery.LOSS or self.una < self._recover:
             return False
-        if self._duplicates >= _DUPLICATE_THRESHOLD:
-            return True
-        return self.sacked.total > _DUPLICATE_THRESHOLD * self.mss
+        return self._duplicates >= _DUPLICATE_THRESHOLD or self.sacked.total > (_DUPLICATE_THRESHOLD - 1) * self.mss
 
-    def _enter_fast_recovery(self) -> None:
-        self.recovery = Recovery.FAST
-        self._recover = self.nxt
-        self._high_retransmit = self.una
-        self._lost_until = self.una + min(self.mss, self.flight())
-        self._timed_seq = None
+    def _enter_fast_recovery(self, now: float) -> None:
         self.cc.loss(self.flight())
+        self._begin_recovery(Recovery.FAST, self.una + min(self.mss, self.flight()), now)
+        self._mark_lost()
+        self._retransmit_first(now)
+
+    def _begin_recovery(self, recovery: Recovery, lost_until: int, now: float) -> None:
+        self.recovery = recovery
+        self._recover = self.nxt
+        self._entered_at = now
+        self._high_retransmit = self.una
+        self._lost_until = lost_until
+        self._timed_seq = None
+
+    def _retransmit_first(self, now: float) -> None:
+        """Send the first hole at once, whatever the congestion window says (RFC 6675 section 5 step 4.3)."""
+        gap = self.sacked.next_gap(max(self._high_retransmit, self.una), min(self._lost_until, self.nxt))
+        if gap is not None:
+            self._retransmit(gap[0], min(gap[1] - gap[0], self.mss), now)
+
+    def _retransmit(self, start: int, count: int, now: float) -> None:
+        self._high_retransmit = start + count
+        self._send(start, count, now)
 
     def _mark_lost(self) -> None:
         """Everything below the last two segments' worth of SACKed bytes is lost (RFC 6675, IsLost)."""
@@ -243,12 +296,13 @@ class Sender:
 
     def _pipe(self) -> int:
         """An estimate of the bytes still in the network (RFC 6675, SetPipe)."""
-        if not self._conn.sack_permitted and self.recovery is Recovery.FAST:
-            return max(self.flight() - self._duplicates * self.mss - self.mss, 0)
         resent = min(self._high_retransmit, self._lost_until)
         pipe = max(resent - self.una, 0) - self.sacked.count_between(self.una, resent)
         alive = max(self._lost_until, self.una)
-        return pipe + self.nxt - alive - self.sacked.count_between(alive, self.nxt)
+        pipe += self.nxt - alive - self.sacked.count_between(alive, self.nxt)
+        if self.recovery is Recovery.FAST and not self._conn.sack_permitted:
+            pipe -= self._duplicates * self.mss  # each says that one segment has left the network
+        return max(pipe, 0)
 
     def _transmit_in_recovery(self, now: float) -> None:
         while True:
@@ -264,8 +318,7 @@ class Sender:
             count = min(end - start, self.largest, room)
             if count > self.mss and count < end - start:
                 count -= count % self.mss
-            self._high_retransmit = start + count
-            self._send(start, count, now)
+            self._retransmit(start, count, now)
 
     def timed_out(self, now: float) -> bool:
         """The retransmission (or persist) timer expired. False when the peer is given up."""
@@ -274,35 +327,45 @@ class Sender:
         if self.retries > self._conn.stack.settings.data_retries:
             return False
         self.rtt.back_off()
-        if not self.flight():
-            self._probe(now)
-        elif self.wnd == 0:
-            self._send(self.una, 1, now)
-        else:
+        if self.flight() and self.wnd:
             self._restart_from_una(now)
+        else:
+            self._probe(now)
         return True
 
     def _probe(self, now: float) -> None:
-        """One octet into a closed window (RFC 9293 section 3.8.6.1)."""
-        if self.unsent() > 0:
-            self._send(self.nxt, 1, now)
+        """One octet into a shut window, what fits into a silly one (RFC 9293 sections 3.8.6.1 and 3.8.6.2.1)."""
+        if self.flight():
+            self._send(self.una, 1, now)
+        elif self.unsent() > 0:
+            self._probing = self.wnd == 0
+            self._send(self.nxt, min(max(self.wnd, 1), self.mss, self.unsent()), now)
+
+    def _end_probing(self, ack: int) -> None:
+        """The window is open again. An octet that the peer did not take was never sent, else it would be a hole."""
+        self._probing = False
+        self.rtt.restore()
+        if ack == self.una and self.flight() == 1:
+            self.nxt = self.una
+            self._timed_seq = None
+            self.rto_at = None
 
     def _restart_from_una(self, now: float) -> None:
         self.cc.time_out(self.flight(), self.retries > 1)
-        self.recovery = Recovery.LOSS
-        self._recover = self.nxt
+        self._begin_recovery(Recovery.LOSS, self.nxt, now)
         self._duplicates = 0
-        self._timed_seq = None
         self.sacked.clear()  # the receiver may have dropped what it SACKed (RFC 2018 section 8)
-        self._high_retransmit = self.una
-        self._lost_until = self.nxt
         self._transmit_in_recovery(now)
 
     def resize(self, mss: int, largest: int, now: float) -> None:
         """The path takes only `mss` bytes of payload now (RFC 1191): send the flight again in smaller segments."""
         self.mss = self.cc.mss = mss
         self.largest = largest
-        if self.flight() and self.recovery is Recovery.NONE:
-            self._enter_fast_recovery()
-            self._lost_until = self.nxt
-            self._transmit_in_recovery(now)
+        if not self.flight():
+            return
+        if self.recovery is Recovery.NONE:
+            self._begin_recovery(Recovery.FAST, self.nxt, now)  # no sign of congestion: the window stays
+            self.cc.ssthresh = min(self.cc.ssthresh, self.cc.cwnd)
+        self._high_retransmit = self.una
+        self._lost_until = self.nxt
+        self._transmit_in_recovery(now)

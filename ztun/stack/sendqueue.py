@@ -6,6 +6,8 @@ from collections import deque
 
 from ztun.stack.buffers import BufferPool
 
+_MOST_PIECES = 256  # the kernel takes at most 1024 at once (IOV_MAX), headers included
+
 
 class SendQueue:
     """A byte stream from sequence number `start` to `end`. Buffers go back to the pool when they are acknowledged."""
@@ -49,7 +51,7 @@ class SendQueue:
             count -= len(piece)
             if not count:
                 break
-        return found
+        return found if len(found) <= _MOST_PIECES else [memoryview(b"".join(found))]
 
     def clear(self) -> None:
         """Give everything back."""
