@@ -30,7 +30,7 @@ from ztun.lifecycle import StopRequest, Undo, unless
 from ztun.names.pool import FakeIpPool
 from ztun.names.store import SqliteNameStore
 from ztun.outbound import OutboundSpec, make_outbounds
-from ztun.ports import Classifier, Outbound, PacketDevice, Routes
+from ztun.ports import Classifier, Outbound, PacketDevice, Routes, Verdict
 from ztun.rules import Network, Rules, Surroundings, compile_prefixes, make_surroundings
 
 log = structlog.get_logger("ztun.app")
@@ -282,8 +282,11 @@ class Instance:
 
     def _learner(self, rules: Rules) -> Callable[[bytes, int, int], None]:
         def learn(address: bytes, ttl: int, rule: int) -> None:
+            verdict = rules.learned_verdict(address, rule)
+            if verdict is Verdict.TUNNEL and self._gateway is not None:
+                self._gateway.remember(address, rule)
             if self._classifier is not None:
-                self._classifier.learn(address, rules.learned_verdict(address, rule), rule)
+                self._classifier.learn(address, verdict, rule)
 
         return learn
 

@@ -169,6 +169,23 @@ def test_an_address_of_a_direct_name_yields_to_better_rules_only() -> None:
     assert rules.learned_verdict(packed("10.0.0.1"), 1) is Verdict.DIRECT
 
 
+def test_a_flow_to_an_address_of_a_direct_name_remembers_the_name() -> None:
+    rules = Rules(
+        [
+            Rule("web", ip_cidr=nets("192.0.2.0/24"), ports=((80, 80),)),
+            Rule("direct", domain_suffix=("example",)),
+            Rule("block", ip_cidr=nets("192.0.2.0/24")),
+        ],
+        "office",
+    )
+    assert rules.decide_name("www.example") == NameDecision(NameKind.DIRECT, 1)
+    assert rules.learned_verdict(packed("192.0.2.1"), 1) is Verdict.TUNNEL
+    assert rules.decide_learned(to("192.0.2.1", 80), 1) == Decision("web", 0)
+    assert rules.decide_learned(to("192.0.2.1", 443), 1) == Decision("direct", 1)
+    assert rules.decide(to("192.0.2.1", 443)) == Decision("block", 2)
+    assert rules.decide_learned(to("203.0.113.1", 443), RULE_DEFAULT) == Decision("office", RULE_DEFAULT)
+
+
 def test_prefixes_carry_the_verdict_of_the_best_rule_around_them() -> None:
     rules = Rules(
         [

@@ -117,6 +117,10 @@ class Gateway:
         self._udp.close()
         self.engine.stop()
 
+    def remember(self, address: bytes, rule: int) -> None:
+        """A name that `rule` sends direct has this real address, but some flows to it are to be decided here."""
+        self._router.remember(address, rule)
+
     # The stack's Listener.
 
     def tcp_incoming(self, conn: Connection, now: float) -> None:

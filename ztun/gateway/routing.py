@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import socket
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from ztun.ports import Destination, Outbound
 from ztun.rules import DNS, Decision, FlowInfo
+
+
+_MAX_LEARNED = 65536  # as many as bpf/shared.h keeps
 
 
 class NamePool(Protocol):
@@ -22,6 +26,8 @@ class NamePool(Protocol):
 
 class Decider(Protocol):
     def decide(self, flow: FlowInfo) -> Decision: ...
+
+    def decide_learned(self, flow: FlowInfo, rule: int) -> Decision: ...
 
 
 class Route(NamedTuple):
@@ -43,6 +49,14 @@ class Router:
         self._names = names
         self._outbounds = outbounds
         self._hijack_dns = hijack_dns
+        self._learned: OrderedDict[bytes, int] = OrderedDict()
+
+    def remember(self, address: bytes, rule: int) -> None:
+        """A client was told this real address of a name that `rule` sent direct; flows to it may still come here."""
+        self._learned[address] = rule
+        self._learned.move_to_end(address)
+        if len(self._learned) > _MAX_LEARNED:
+            self._learned.popitem(last=False)
 
     def route(self, protocol: str, source: bytes, address: bytes, port: int) -> Route:
         """Decide about a new flow. Addresses are packed. Raises UnmappedError."""
@@ -54,7 +68,9 @@ class Router:
             name = self._names.name_of(address)
             if name is None:
                 raise UnmappedError
-        decision = self._rules.decide(FlowInfo(protocol, source, address, name, port))
+        flow = FlowInfo(protocol, source, address, name, port)
+        rule = self._learned.get(address)
+        decision = self._rules.decide(flow) if rule is None else self._rules.decide_learned(flow, rule)
         if decision.outbound == DNS:
             return Route(None, Destination("", port), decision.rule, fake)
         return Route(self._outbounds[decision.outbound], Destination(name or text(address), port), decision.rule, fake)

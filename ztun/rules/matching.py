@@ -165,6 +165,18 @@ class Rules:
                 return ranked.decision
         return last
 
+    def decide_learned(self, flow: FlowInfo, rule: int) -> Decision:
+        """The outbound for a flow to the real address of a name that `rule` (or ports.RULE_DEFAULT) sent direct.
+
+        Better-ranked rules on the address go first, as in `learned_verdict`; then the rule that decided the name.
+        """
+        rank = self._rank_of.get(rule, len(self.ranked))
+        candidates, _last = self._candidates(flow)
+        for ranked in candidates:
+            if ranked.rank < rank and ranked.accepts(flow):
+                return ranked.decision
+        return self.ranked[rank].decision if rank < len(self.ranked) else Decision(self.default, RULE_DEFAULT)
+
     def decide_name(self, name: str) -> NameDecision:
         """How to answer a DNS query for the name. What only a flow can decide gets a Fake-IP, so that it comes here."""
         candidates = self._name_candidates(canonical_name(name))
