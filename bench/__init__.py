@@ -1,1 +1,1 @@
-"""Throughput of ztun beside other programs that do the same work, in the same laboratory: `python -m bench --help`."""
+"""ztun beside other programs that do the same work, in the same laboratory: `python -m bench --help`."""

@@ -1,4 +1,4 @@
-"""`python -m bench`: iperf3 from the client's namespace, each subject in turn, round after round."""
+"""`python -m bench`: every measurement on every subject in turn, round after round, in one laboratory."""
 
 from __future__ import annotations
 
@@ -7,128 +7,129 @@ import json
 import os
 import platform
 import random
-import statistics
+import resource
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 from rich.console import Console
-from rich.table import Table
 
-from bench.subjects import BASE_LINES, PROXIES, SUBJECTS
-from ztun.lab import Lab, plan
+from bench.measure import Run
+from bench.rows import LINES, ROWS
+from bench.servers import start_servers
+from bench.subjects import OURS, PROXIES, SUBJECTS
+from bench.table import Samples, make_table, verdict
+from ztun.lab import Lab
 
 RESULTS = Path(__file__).parent / "results"
-TICKS = os.sysconf("SC_CLK_TCK")
-
-
-class Load(NamedTuple):
-    """One way of loading: TCP flows at once, and the direction seen from the client."""
-
-    flows: int
-    direction: str
-
-    def __str__(self) -> str:
-        return f"{self.flows} {self.direction}"
-
-
-LOADS = [Load(flows, direction) for flows in (1, 8) for direction in ("up", "down")]
-Samples = dict[str, dict[str, list[float]]]
-"""subject -> load -> Gbit/s of each round"""
+_DESCRIPTORS = 20_000  # 10,000 flows, each a socket of the subject
 
 
 def main() -> None:
     options = _options()
-    console = Console(width=130)
-    samples: Samples = {name: {str(load): [] for load in LOADS} for name in options.only}
-    cpu: Samples = {name: {str(load): [] for load in LOADS} for name in options.only}
+    console = Console(width=150, highlight=False)
+    _allow_descriptors()
+    samples: Samples = {name: {} for name in options.only}
+    failures: list[str] = []
+    started = time.monotonic()
     with Lab() as lab:
+        start_servers(lab)
         for number in range(options.rounds):
             turn = list(options.only)
             random.Random(number).shuffle(turn)  # a fixed order would favour somebody
             for name in turn:
-                console.print(f"round {number + 1}/{options.rounds}: {name}", style="dim", end=" ", highlight=False)
-                _measure(lab, name, options, samples[name], cpu[name])
-                rates = ", ".join(f"{load} {values[-1]:.2f}" for load, values in samples[name].items())
-                console.print(rates, style="dim", highlight=False)
-    _print(console, samples, cpu, options)
-    console.print(f"[dim]{_save(samples, cpu, options)}")
+                console.print(f"[dim]round {number + 1}/{options.rounds}, {time.monotonic() - started:.0f} s: {name}")
+                for proxy, rows in _by_proxy(options, number).items():
+                    failures += _measure(lab, name, proxy, rows, options, samples[name])
+    seconds = time.monotonic() - started
+    title = f"Medians of {options.rounds} rounds of {options.seconds:g} s, {'IPv6' if options.ipv6 else 'IPv4'}"
+    console.print(make_table(samples, options.rows, f"{title}; the run took {seconds:.0f} s"))
+    for failure in dict.fromkeys(failures):
+        console.print(f"[yellow]not measured:[/] {failure}")
+    console.print(f"[dim]{_save(samples, failures, options, seconds)}")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3, help="of each measurement")
-    parser.add_argument("--proxy", choices=list(PROXIES), default="danted", help="microsocks copies 1 KB at a time")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--seconds", type=float, help="of each measurement")
+    parser.add_argument("--quick", action="store_true", help="one round of a second each, about two minutes")
+    parser.add_argument("--rows", default=",".join(ROWS), help="some of %(default)s")
+    parser.add_argument("--proxy", choices=list(PROXIES), help="one for all rows, instead of the one that suits each")
+    parser.add_argument("--window", type=int, default=256, help="datagrams under way; 0 floods")
+    parser.add_argument("--memory-rounds", type=int, default=1, help="memory hardly varies; of the first rounds")
     parser.add_argument("--ipv6", action="store_true")
+    parser.add_argument("--loops", action="store_true", help="ztun on asyncio's and on uvloop's event loop")
     parser.add_argument("--only", action="append", choices=list(SUBJECTS), help="a subject; may be repeated")
     options = parser.parse_args()
-    options.only = options.only or list(SUBJECTS)
+    options.rounds = options.rounds or (1 if options.quick else 5)
+    options.seconds = options.seconds or (1 if options.quick else 2)
+    options.rows = options.rows.split(",")
+    if unknown := set(options.rows) - set(ROWS):
+        parser.error(f"--rows: no {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    if not options.only:
+        ours = [name for name in OURS if (name != "ztun") == options.loops]
+        options.only = ours + [name for name in SUBJECTS if name not in OURS]
     return options
 
 
+def _allow_descriptors() -> None:
+    """For us and all that is started here; the subjects are not to be told by a limit that is not theirs."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(_DESCRIPTORS, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
+
+
+def _by_proxy(options: argparse.Namespace, number: int) -> dict[str, list[str]]:
+    """proxy -> rows to measure through it in this round. Two rows that are one measurement are measured once."""
+    found: dict[str, list[str]] = {}
+    measured = set()
+    for name in options.rows:
+        row = ROWS[name]
+        if row.measure in measured or (name == "memory" and number >= options.memory_rounds):
+            continue
+        measured.add(row.measure)
+        proxy = row.proxy if name == "memory" else options.proxy or row.proxy
+        found.setdefault(proxy, []).append(name)
+    return found
+
+
 def _measure(
-    lab: Lab, name: str, options: argparse.Namespace, rates: dict[str, list[float]], cpu: dict[str, list[float]]
-) -> None:
-    target = plan.SITE6 if options.ipv6 else plan.SITE4
-    with SUBJECTS[name](lab, options.proxy) as pid:
-        for load in LOADS:
-            before = _cpu_seconds(pid)
-            started = time.monotonic()
-            rates[str(load)].append(_iperf(lab, target, load, options.seconds))
-            cpu[str(load)].append((_cpu_seconds(pid) - before) / (time.monotonic() - started))
+    lab: Lab, name: str, proxy: str, rows: list[str], options: argparse.Namespace, cells: dict[str, list[float]]
+) -> list[str]:
+    """Start a subject, measure, and stop it. Returns what could not be measured; the others go on."""
+    failures = []
+    try:
+        with SUBJECTS[name](lab, proxy) as pid:
+            run = Run(lab, pid, options.seconds, options.ipv6, options.window)
+            for row in rows:
+                try:
+                    for line, value in ROWS[row].measure(run).items():
+                        cells.setdefault(line, []).append(value)
+                except RuntimeError as error:
+                    failures.append(f"{name}, {row}: {error}")
+    except RuntimeError as error:
+        failures.append(f"{name}, {', '.join(rows)}: {error}")
+    return failures
 
 
-def _iperf(lab: Lab, target: str, load: Load, seconds: float) -> float:
-    """Gbit/s that arrived. Raises RuntimeError when the run failed."""
-    argv = ["iperf3", "--json", "-c", target, "-p", str(plan.IPERF_PORT), "-t", f"{seconds:g}", "-P", str(load.flows)]
-    argv += ["--reverse"] * (load.direction == "down")
-    answer = json.loads(lab.client.run(*argv, check=False, timeout=seconds + 30).stdout)
-    if "error" in answer:
-        raise RuntimeError(f"iperf3 to {target}: {answer['error']}")
-    return float(answer["end"]["sum_received"]["bits_per_second"]) / 1e9
-
-
-def _cpu_seconds(pid: int | None) -> float:
-    """CPU time of a process so far, user and system (proc(5), stat fields 14 and 15)."""
-    if pid is None:
-        return 0.0
-    fields = Path("/proc", str(pid), "stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
-
-
-def _print(console: Console, samples: Samples, cpu: Samples, options: argparse.Namespace) -> None:
-    best = {str(load): _best_peer(samples, str(load)) for load in LOADS}
-    title = f"TCP, Gbit/s: median of {options.rounds} × {options.seconds:g} s through {options.proxy}"
-    table = Table(
-        box=None,
-        title_justify="left",
-        title=f"{title}, {'IPv6' if options.ipv6 else 'IPv4'} (× the best peer) [CPU of one core]",
-    )
-    table.add_column("")
-    for load in LOADS:
-        table.add_column(f"{load.flows} flow{'s' * (load.flows > 1)} {load.direction}", justify="right")
-    for name, loads in samples.items():
-        cells = []
-        for key, values in loads.items():
-            median = statistics.median(values)
-            ratio = f" ({median / best[key]:.2f}×)" if best[key] else ""
-            share = f" [{statistics.median(cpu[name][key]):.0%}]" if name not in BASE_LINES else ""
-            cells.append(f"{median:.2f}{ratio}{share}".replace("[", "\\["))
-        table.add_row(name, *cells, style="bold" if name == "ztun" else "")
-    console.print(table)
-
-
-def _best_peer(samples: Samples, load: str) -> float:
-    peers = (name for name in samples if name != "ztun" and name not in BASE_LINES)
-    return max((statistics.median(samples[name][load]) for name in peers), default=0.0)
-
-
-def _save(samples: Samples, cpu: Samples, options: argparse.Namespace) -> Path:
+def _save(samples: Samples, failures: list[str], options: argparse.Namespace, seconds: float) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / time.strftime("%Y%m%d-%H%M%S.json")
     machine = {"kernel": platform.release(), "cpus": os.cpu_count(), "python": platform.python_version()}
-    result = {"options": vars(options), "machine": machine, "gbit_per_s": samples, "cpu": cpu}
+    goals = {
+        line: {name: verdict(samples, name, line)[1] for name in samples if name in OURS}
+        for line, rule in LINES.items()
+        if rule.goal is not None and rule.row in options.rows
+    }
+    result = {
+        "options": vars(options),
+        "machine": machine,
+        "seconds": round(seconds),
+        "units": {line: rule.unit for line, rule in LINES.items()},
+        "samples": samples,
+        "goals_met": goals,
+        "not_measured": failures,
+    }
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
 

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from bench import sink
 from bench.peer import MTU
 from ztun.lab import Lab, plan
 from ztun.lab.namespace import wait_until
 
 TABLE = 100
-PROXIES = {"danted": plan.SOCKS_UDP_PORT, "microsocks": plan.SOCKS_PORT}
+PROXIES = {"danted": plan.SOCKS_UDP_PORT, "microsocks": plan.SOCKS_PORT, "sink": sink.PORT}
+READY_DEADLINE = 15.0  # seconds
 
 Subject = Callable[[Lab, str], AbstractContextManager[int | None]]
 """(lab, proxy name) -> a context in which it carries traffic; gives the process to account CPU time to, if any."""
 
 
-@contextlib.contextmanager
-def ztun(lab: Lab, proxy: str) -> Iterator[int | None]:
-    tag = {"danted": "socks-udp", "microsocks": "socks"}[proxy]
-    instance = lab.ztun({"route": {"rules": [{"ip_cidr": [plan.SITE4, plan.SITE6], "outbound": tag}]}})
-    try:
-        yield instance.pid
-    finally:
-        instance.stop(signal.SIGTERM)
+def ztun(loop: str | None = None) -> Subject:
+    """loop: a value for ZTUN_LOOP, None for ztun's own choice."""
+
+    @contextlib.contextmanager
+    def carry(lab: Lab, proxy: str) -> Iterator[int | None]:
+        env = {**os.environ, "ZTUN_LOOP": loop} if loop else None
+        config = {
+            "outbounds": [{"tag": "bench", "type": "socks5", "server": f"{plan.UPSTREAM4}:{PROXIES[proxy]}"}],
+            "route": {"rules": [{"ip_cidr": [plan.SITE4, plan.SITE6], "outbound": "bench"}]},
+        }
+        instance = lab.ztun(config, env=env)
+        try:
+            _await_traffic(lab, instance.directory / "output")
+            yield instance.pid
+        finally:
+            instance.stop(signal.SIGTERM)
+
+    return carry
 
 
 @contextlib.contextmanager
@@ -46,9 +59,7 @@ def peer(program: str) -> Subject:
         process = lab.spawn(lab.gateway, f"peer-{program}", *argv, cwd=Path(__file__).parents[1])
         try:
             _route(lab, device)
-            if not wait_until(lambda: lab.curl(f"http://{plan.SITE4}/", check=False, timeout=1).returncode == 0):
-                output = (lab.directory / f"peer-{program}.out").read_text()
-                raise RuntimeError(f"{program} does not carry traffic: {output[-1000:] or 'no output'}")
+            _await_traffic(lab, lab.directory / f"peer-{program}.out")
             yield process.pid
         finally:
             process.terminate()
@@ -72,12 +83,28 @@ def _route(lab: Lab, device: str) -> None:
     lab.gateway.run("ip", "-6", "rule", "add", "iif", "lan0", "to", plan.SITE6, "lookup", str(TABLE))
 
 
-SUBJECTS: dict[str, Subject] = {
-    "ztun": ztun,
+def _await_traffic(lab: Lab, output: Path) -> None:
+    """Until a byte comes back from the target. Raises RuntimeError with what the subject printed."""
+    if not wait_until(lambda: _echoes(lab), READY_DEADLINE):
+        printed = output.read_text(errors="replace")[-1000:]
+        raise RuntimeError(f"it does not carry traffic: {printed or 'no output'}")
+
+
+def _echoes(lab: Lab) -> bool:
+    try:
+        with lab.client.connect(plan.SITE4, plan.ECHO_PORT, timeout=1) as sock:
+            sock.sendall(b"?")
+            return sock.recv(1) == b"?"
+    except OSError:
+        return False
+
+
+PEERS: dict[str, Subject] = {
     "tun2socks": peer("tun2socks"),
     "sing-tun gvisor": peer("gvisor"),
     "sing-tun system": peer("system"),
     "sing-tun mixed": peer("mixed"),
-    "plain forwarding": plain,
 }
-BASE_LINES = ("plain forwarding",)
+OURS: dict[str, Subject] = {"ztun": ztun(), "ztun asyncio": ztun("asyncio"), "ztun uvloop": ztun("uvloop")}
+BASE_LINES: dict[str, Subject] = {"plain forwarding": plain}
+SUBJECTS: dict[str, Subject] = {**OURS, **PEERS, **BASE_LINES}
