@@ -10,7 +10,6 @@ from typing import NamedTuple, Protocol
 from ztun.ports import Destination, Outbound
 from ztun.rules import DNS, Decision, FlowInfo
 
-
 _MAX_LEARNED = 65536  # as many as bpf/shared.h keeps
 
 
