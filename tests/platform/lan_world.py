@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from ztun.lab.namespace import Namespace
-from ztun.platform.linux import bpf, layout, make_classifier
+from ztun.platform.linux import layout, loader, make_classifier
 from ztun.platform.linux.bpfcall import attributes
 from ztun.platform.linux.bpfcall import bpf as bpf_call
 from ztun.platform.linux.capture import Capture
@@ -75,9 +75,9 @@ def frame(data: bytes, ethertype: bytes | None = None) -> bytes:
 
 
 @cache
-def _objects() -> bpf.Objects:
+def _objects() -> loader.Objects:
     """Compiled once for all tests."""
-    return bpf.load(layout.find_sources(), PROGRAMS, tuple(MAPS))
+    return loader.load(layout.find_sources(), PROGRAMS, MAPS)
 
 
 class Bench:
@@ -85,7 +85,7 @@ class Bench:
 
     def __init__(self, *, hijack_dns: bool = False, fail_closed: bool = False, own: Sequence[str] = ()) -> None:
         capture = Capture("lo", (), MARK, hijack_dns, fail_closed, [packed(address) for address in own])
-        self.objects = bpf.Objects(*({name: os.dup(fd) for name, fd in part.items()} for part in _objects()))
+        self.objects = loader.Objects(*({name: os.dup(fd) for name, fd in part.items()} for part in _objects()))
         self._empty()
         self.classifier = BpfClassifier(self.objects, "tcx", TcxHook, capture)
         self.is_alive = True

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
+import resource
 import shutil
-import struct
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from lan_world import Bench, World
 
 from ztun import ports
 from ztun.errors import ConfigError, ZtunError
-from ztun.platform.linux import backends, bpf, bpfcall, layout, make_classifier, open_device
+from ztun.platform.linux import backends, bpfcall, layout, loader, make_classifier, open_device
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.classifier import MAPS, PROGRAMS
 from ztun.platform.linux.maps import Map
 from ztun.platform.linux.tables import PrefixTable
+
+Spoil = Callable[[str], None]
 
 CAPTURE = Capture("lo", (), 1, False, False, ())
 
@@ -29,10 +32,34 @@ def sources(tmp_path: Path) -> Path:
     return Path(shutil.copytree(layout.find_sources(), tmp_path / "bpf"))
 
 
+@pytest.fixture
+def spoil_bcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Spoil:
+    """Put a bcc on the path whose import runs the given text."""
+
+    def spoil(text: str) -> None:
+        (tmp_path / "bcc.py").write_text(text)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    return spoil
+
+
+def open_files() -> dict[int, str]:
+    """Descriptor -> what it is, of this process."""
+    found = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # that of the listing itself
+            found[int(entry.name)] = str(entry.readlink())
+    return found
+
+
+def children() -> list[str]:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
 def test_a_compile_error_is_one_line_with_its_place(sources: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (sources / "classify.c").write_text("int capture(struct __sk_buff *skb) { return nothing; }\n")
     with pytest.raises(ZtunError) as caught:
-        bpf.load(sources, PROGRAMS, ())
+        loader.load(sources, PROGRAMS, {})
     assert "main.c:1:45: error: use of undeclared identifier 'nothing'" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
@@ -41,17 +68,96 @@ def test_a_compile_error_is_one_line_with_its_place(sources: Path, capfd: pytest
 def test_what_the_verifier_dislikes_is_one_line(sources: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (sources / "classify.c").write_text("int capture(struct __sk_buff *skb) { return *(int *)(long)skb->data; }\n")
     with pytest.raises(ZtunError, match=r"not loaded: .*R1 offset is outside of the packet") as caught:
-        bpf.load(sources, ["capture"], ())
+        loader.load(sources, ["capture"], {})
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
 
 
-def test_the_environment_is_as_before(bench: Bench, monkeypatch: pytest.MonkeyPatch, sources: Path) -> None:
+def test_the_compiler_stays_out_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BCC_KERNEL_SOURCE", "/nowhere")
-    before = Path.cwd()
-    bpf.load(layout.find_sources(), ["reply"], ["clients"]).close()
+    loader.load(layout.find_sources(), ["reply"], {"clients": MAPS["clients"]}).close()
+    assert "bcc" not in sys.modules
+    assert "libbcc" not in Path("/proc/self/maps").read_text()
     assert os.environ["BCC_KERNEL_SOURCE"] == "/nowhere"
-    assert Path.cwd() == before
+
+
+def test_nothing_is_left_of_loading_but_the_descriptors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    before = open_files()
+    objects = loader.load(layout.find_sources(), ["reply"], {"clients": MAPS["clients"]})
+    added = open_files().keys() - before.keys()
+    assert added == {*objects.programs.values(), *objects.maps.values()}
+    assert not any(os.get_inheritable(fd) for fd in added)
+    objects.close()
+    assert open_files() == before
+    assert list(tmp_path.iterdir()) == []
+    assert children() == []
+
+
+def test_loading_needs_no_home_and_no_working_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    loader.load(layout.find_sources(), ["reply"], {}).close()
+
+
+def test_a_compiler_that_aborts_is_one_line(spoil_bcc: Spoil) -> None:
+    spoil_bcc("import os; os.write(2, b'LLVM ERROR: out of memory\\nStack dump:\\n'); os.abort()")
+    with pytest.raises(ZtunError) as caught:
+        loader.load(layout.find_sources(), PROGRAMS, MAPS)
+    assert str(caught.value) == (
+        "BPF programs not loaded: the compiler was ended by signal 6 (Aborted): LLVM ERROR: out of memory"
+    )
+
+
+def test_a_compiler_that_is_killed_is_one_line(spoil_bcc: Spoil) -> None:
+    spoil_bcc("import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(ZtunError) as caught:
+        loader.load(layout.find_sources(), PROGRAMS, MAPS)
+    assert str(caught.value) == "BPF programs not loaded: the compiler was ended by signal 9 (Killed)"
+
+
+def test_too_little_memory_for_the_real_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (230 << 20, 230 << 20))\n"
+    (tmp_path / "sitecustomize.py").write_text(limit)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ZtunError) as caught:
+        loader.load(layout.find_sources(), PROGRAMS, MAPS)
+    assert "\n" not in str(caught.value)
+    assert children() == []
+
+
+def test_a_compiler_that_hangs_is_ended(spoil_bcc: Spoil, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_bcc("import time; time.sleep(60)")
+    monkeypatch.setattr(loader, "DEADLINE", 0.5)
+    with pytest.raises(ZtunError, match=r"BPF programs not loaded: not compiled within 0\.5 s"):
+        loader.load(layout.find_sources(), PROGRAMS, MAPS)
+    assert children() == []
+
+
+def test_descriptors_that_do_not_fit_are_given_back() -> None:
+    fillers = []
+    while not fillers or fillers[-1] < max(open_files()):  # so that no number below the limit is free
+        fillers.append(os.dup(0))
+    before = open_files()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before) + 10, limits[1]))
+    try:
+        with pytest.raises(ZtunError, match="too few file descriptors are left"):
+            loader.load(layout.find_sources(), PROGRAMS, MAPS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert open_files() == before
+    for fd in fillers:
+        os.close(fd)
+
+
+def test_maps_of_another_layout_are_refused() -> None:
+    before = open_files()
+    with pytest.raises(ZtunError, match=r"BPF map clients has keys and values of \(16, 4\) bytes, not \(4, 4\)"):
+        loader.load(layout.find_sources(), [], {"clients": (4, 4, "lru_hash")})
+    assert open_files() == before
 
 
 def test_python_and_c_agree_on_every_number(bench: Bench) -> None:
@@ -69,16 +175,6 @@ def test_counters_of_verdicts_drops_and_passes_do_not_overlap() -> None:
     names = shared.counter_names()
     assert len(names) == sum(len(enum) for enum in enums)
     assert max(names) < shared.constants["COUNTERS"]
-
-
-@pytest.mark.parametrize("name", MAPS)
-def test_python_and_the_kernel_agree_on_the_size_of_keys_and_values(bench: Bench, name: str) -> None:
-    # struct bpf_map_info: type, id, key_size, value_size
-    info = ctypes.create_string_buffer(16)
-    attr = bpfcall.attributes("=IIQ", bench.objects.maps[name], len(info), ctypes.addressof(info))
-    bpfcall.bpf(bpfcall.OBJ_GET_INFO_BY_FD, attr)
-    _, _, key_size, value_size = struct.unpack("=IIII", info.raw)
-    assert (key_size, value_size) == MAPS[name][:2]
 
 
 def test_auto_takes_tcx_here(world: World) -> None:
@@ -103,15 +199,22 @@ def test_auto_takes_clsact_where_capture_must_outlive_the_process(world: World) 
         assert "outlive" in str(classifier.fallback_reason)
 
 
-def test_auto_takes_routes_without_bcc_and_says_why(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bcc", None)
+def test_auto_takes_routes_without_bcc_and_says_why(world: World, spoil_bcc: Spoil) -> None:
+    spoil_bcc("raise ModuleNotFoundError('no bcc')")
     with world.running("auto") as (_, classifier):
         assert classifier.backend == "routes"
         assert "install python3-bpfcc" in str(classifier.fallback_reason)
 
 
-def test_bpf_asked_for_and_not_to_be_had_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bcc", None)
+def test_auto_takes_routes_when_the_compiler_crashes(world: World, spoil_bcc: Spoil) -> None:
+    spoil_bcc("import os; os.abort()")
+    with world.running("auto") as (_, classifier):
+        assert classifier.backend == "routes"
+        assert "signal 6 (Aborted)" in str(classifier.fallback_reason)
+
+
+def test_bpf_asked_for_and_not_to_be_had_is_an_error(spoil_bcc: Spoil) -> None:
+    spoil_bcc("raise ModuleNotFoundError('no bcc')")
     with pytest.raises(ZtunError, match="install python3-bpfcc"):
         backends.choose("bpf", CAPTURE)
 

@@ -7,7 +7,7 @@ from functools import partial
 import structlog
 
 from ztun.errors import ConfigError, ZtunError
-from ztun.platform.linux import bpf, layout
+from ztun.platform.linux import layout, loader
 from ztun.platform.linux.bpfcall import has_tcx
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.classifier import MAPS, PROGRAMS, BpfClassifier
@@ -46,7 +46,7 @@ def choose(backend: str, capture: Capture) -> BpfClassifier | RoutesClassifier:
 
 
 def _load(backend: str, capture: Capture) -> BpfClassifier:
-    objects = bpf.load(layout.find_sources(), PROGRAMS, tuple(MAPS))
+    objects = loader.load(layout.find_sources(), PROGRAMS, MAPS)
     try:
         reason = _why_not_tcx(backend, objects, capture)
         if reason is None:
@@ -61,7 +61,7 @@ def _load(backend: str, capture: Capture) -> BpfClassifier:
     return classifier
 
 
-def _why_not_tcx(backend: str, objects: bpf.Objects, capture: Capture) -> str | None:
+def _why_not_tcx(backend: str, objects: loader.Objects, capture: Capture) -> str | None:
     """None when TCX it is. Raises ZtunError when it was asked for by name and the kernel has none."""
     if backend == "clsact":
         return "asked for"
@@ -74,7 +74,7 @@ def _why_not_tcx(backend: str, objects: bpf.Objects, capture: Capture) -> str | 
     return None
 
 
-def _try_clsact(make_hook: partial[ClsactHook], objects: bpf.Objects, capture: Capture) -> None:
+def _try_clsact(make_hook: partial[ClsactHook], objects: loader.Objects, capture: Capture) -> None:
     """Attach to our own TUN and detach: the one way to know whether the kernel can."""
     try:
         make_hook("reply", objects.programs["reply"], capture.device).close()

@@ -1,4 +1,8 @@
-"""Compiling and loading bpf/classify.c through bcc. The only place that imports bcc.
+"""Compiling and loading bpf/classify.c through bcc. The only place that imports bcc; it runs as a program of its own.
+
+libbcc brings a whole compiler, about 110 MB that a process does not get rid of again. So `loader` runs this file, gets
+the descriptors of what was loaded through the socket that is our standard input, and the rest goes with this process.
+Nothing but the standard library and bcc is imported, since ztun need not be on the path of a file that is run.
 
 bcc wants a kernel source tree. It gets the small one under bpf/kernel, so that neither /lib/modules nor a
 linux-headers package is needed; what that tree forwards to are the UAPI headers of linux-libc-dev.
@@ -6,61 +10,69 @@ linux-headers package is needed; what that tree forwards to are the UAPI headers
 
 from __future__ import annotations
 
-import atexit
-import fcntl
+import ctypes
+import json
 import os
+import signal
+import socket
+import sys
 import sysconfig
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
-
-from ztun.errors import ZtunError
+from typing import Any
 
 _UAPI = Path("/usr/include")
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LONGEST_ERROR = 1000
 
 
-class Objects(NamedTuple):
-    """Descriptors of loaded programs and their maps, by name. They are the caller's to close."""
-
-    programs: dict[str, int]
-    maps: dict[str, int]
-
-    def close(self) -> None:
-        for fd in (*self.programs.values(), *self.maps.values()):
-            os.close(fd)
-        self.programs.clear()
-        self.maps.clear()
+class MissingError(Exception):
+    """Something must be installed first. The message is all that is to be told."""
 
 
-def load(directory: Path, programs: Sequence[str], maps: Sequence[str]) -> Objects:
-    """Compile `directory`/classify.c and load `programs` into the kernel. Takes about half a second.
+def main(request: str) -> None:
+    """Answer one request: JSON with "directory", and the names of the "programs" and "maps" that are wanted.
 
-    Raises ZtunError with the compiler's or the verifier's first complaint.
+    The answer is one message on standard input: JSON with the same lists of names, and with it (SCM_RIGHTS, unix(7))
+    the descriptors in that order; or {"missing": what to install}, or {"error": what bcc raised}. What the compiler
+    and the verifier say goes to standard error.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    wanted = json.loads(request)
+    with socket.socket(fileno=0) as asking:
+        try:
+            programs, maps = load(Path(wanted["directory"]), wanted["programs"], wanted["maps"])
+            answer = {"programs": list(programs), "maps": list(maps)}
+            socket.send_fds(asking, [json.dumps(answer).encode()], [*programs.values(), *maps.values()])
+        except MissingError as missing:
+            asking.send(json.dumps({"missing": str(missing)}).encode())
+        except Exception as error:  # bcc raises nothing more exact
+            asking.send(json.dumps({"error": str(error)[:_LONGEST_ERROR]}).encode())
+    sys.stderr.flush()
+    os._exit(0)  # a compiler that is taken apart in order takes its time
+
+
+def load(directory: Path, programs: Sequence[str], maps: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Compile `directory`/classify.c and load it: the descriptors of `programs` and of `maps`, by name.
+
+    They belong to bcc. Raises MissingError, or whatever bcc raises.
     """
     factory = _import_bcc()
     if not (_UAPI / "linux" / "ip.h").is_file():
-        raise ZtunError(f"{_UAPI}/linux is missing: install linux-libc-dev")
-    with _kernel_tree(directory / "kernel"), _stderr_to_file() as said:
-        module = None
-        try:
-            module = factory(src_file=os.fsencode(directory / "classify.c"), cflags=_flags(directory))
-            return _take(module, factory, programs, maps)
-        except Exception as error:  # bcc raises nothing more exact
-            raise ZtunError(f"BPF programs not loaded: {_complaint(said, error)}") from error
-        finally:
-            # What we keep are duplicates; this gives the compiler's memory back.
-            if module is not None:
-                module.cleanup()
-                atexit.unregister(module.cleanup)
+        raise MissingError(f"{_UAPI}/linux is missing: install linux-libc-dev")
+    os.environ["BCC_KERNEL_SOURCE"] = str(directory / "kernel")
+    module = factory(src_file=os.fsencode(directory / "classify.c"), cflags=_flags(directory))
+    return (
+        {name: module.load_func(name.encode(), factory.SCHED_CLS).fd for name in programs},
+        {name: module.get_table(name.encode()).map_fd for name in maps},
+    )
 
 
 def _import_bcc() -> Any:
     try:
         from bcc import BPF
-    except ImportError as error:
-        raise ZtunError(f"bcc is not there for this Python ({error}): install python3-bpfcc") from error
+    except (ImportError, OSError) as error:  # OSError: the Python part without its library
+        raise MissingError(f"bcc is not there for this Python ({error}): install python3-bpfcc") from error
     return BPF
 
 
@@ -70,55 +82,5 @@ def _flags(directory: Path) -> list[str]:
     return [f"-I{directory}", *(f"-idirafter{path}" for path in paths)]
 
 
-def _take(module: Any, factory: Any, programs: Sequence[str], maps: Sequence[str]) -> Objects:
-    taken = Objects({}, {})
-    try:
-        for name in programs:
-            taken.programs[name] = _duplicate(module.load_func(name.encode(), factory.SCHED_CLS).fd)
-        for name in maps:
-            taken.maps[name] = _duplicate(module.get_table(name.encode()).map_fd)
-    except BaseException:
-        taken.close()
-        raise
-    return taken
-
-
-def _duplicate(fd: int) -> int:
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-
-
-@contextmanager
-def _kernel_tree(path: Path) -> Iterator[None]:
-    before = os.environ.get("BCC_KERNEL_SOURCE")
-    os.environ["BCC_KERNEL_SOURCE"] = str(path)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["BCC_KERNEL_SOURCE"]
-        else:
-            os.environ["BCC_KERNEL_SOURCE"] = before
-
-
-@contextmanager
-def _stderr_to_file() -> Iterator[IO[bytes]]:
-    """bcc writes its complaints to file descriptor 2."""
-    with tempfile.TemporaryFile() as said:
-        kept = _duplicate(2)
-        os.dup2(said.fileno(), 2)
-        try:
-            yield said
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
-def _complaint(said: IO[bytes], error: Exception) -> str:
-    said.seek(0)
-    lines = [line.strip() for line in said.read().decode(errors="replace").splitlines() if line.strip()]
-    for line in lines:
-        if "error:" in line:
-            return line
-    # The verifier says what it dislikes in the line before its statistics.
-    lines = [line for line in lines if not line.startswith(("processed ", "HINT", "libbpf"))]
-    return f"{error}: {lines[-1]}" if lines else str(error)
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,6 +1,6 @@
 """The bpf(2) system call: maps, TCX links, object ids.
 
-bcc loads the programs; for the rest its tables are slow and it has no call for TCX. Sources: bpf(2),
+bcc loads the programs, in a process of its own; the rest is done here. Sources: bpf(2),
 include/uapi/linux/bpf.h (union bpf_attr).
 """
 
@@ -66,3 +66,11 @@ def program_id(program: int) -> int:
     info = ctypes.create_string_buffer(8)
     bpf(OBJ_GET_INFO_BY_FD, attributes("=IIQ", program, len(info), ctypes.addressof(info)))
     return int(struct.unpack_from("=I", info.raw, 4)[0])
+
+
+def map_sizes(fd: int) -> tuple[int, int]:
+    """Key and value size of a map in bytes (struct bpf_map_info: type, id, key_size, value_size). Raises OSError."""
+    info = ctypes.create_string_buffer(16)
+    bpf(OBJ_GET_INFO_BY_FD, attributes("=IIQ", fd, len(info), ctypes.addressof(info)))
+    key_size, value_size = struct.unpack_from("=II", info.raw, 8)
+    return key_size, value_size

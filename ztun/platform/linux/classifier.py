@@ -11,10 +11,10 @@ import structlog
 
 from ztun.errors import ZtunError
 from ztun.platform.linux import layout, links, tables
-from ztun.platform.linux.bpf import Objects
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.hooks import Hook
 from ztun.platform.linux.layout import COUNTER, DECISION, SETTINGS, U32, U64
+from ztun.platform.linux.loader import Objects
 from ztun.platform.linux.maps import Map, PerCpuCounters
 from ztun.platform.linux.netlink import NetlinkError, explain
 from ztun.ports import RULE_BUILTIN, RULE_DEFAULT, RULE_DNS, RULE_FAKE_IP, Prefix, Verdict
