@@ -235,16 +235,43 @@ async def test_next_server_steps_in_and_the_failed_one_is_remembered(make_bench:
 
 
 async def test_server_that_recovered_is_used_again(make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upstream, "_FIRST_PENALTY_S", 0.1)
-    monkeypatch.setitem(upstream._ATTEMPT_S, "udp", 0.1)
+    monkeypatch.setattr(upstream, "_FIRST_PENALTY_S", 0.3)
+    monkeypatch.setitem(upstream._ATTEMPT_S, "udp", 0.3)
     async with ScriptedServer(silent) as first, ScriptedServer(good) as second:
         bench = make_bench([first.url, second.url])
         assert told(await bench.ask("a.direct.example")) == ["192.0.2.1"]
         first.script = good
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.4)
         await bench.ask("b.direct.example")
         await bench.ask("c.direct.example")
         assert (len(first.queries), len(second.queries)) == (3, 1)
+
+
+async def test_one_outage_counts_once_however_many_queries_it_met(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstream, "_FIRST_PENALTY_S", 0.3)
+    monkeypatch.setitem(upstream._ATTEMPT_S, "udp", 0.3)
+    async with ScriptedServer(silent) as first, ScriptedServer(good) as second:
+        bench = make_bench([first.url, second.url])
+        await asyncio.gather(*(bench.ask(f"n{number}.direct.example") for number in range(10)))
+        first.script = good
+        await asyncio.sleep(0.4)
+        await bench.ask("later.direct.example")
+        assert (len(first.queries), len(second.queries)) == (11, 10)
+
+
+async def test_one_query_alone_finds_out_whether_a_server_is_back(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstream, "_FIRST_PENALTY_S", 0.3)
+    monkeypatch.setitem(upstream._ATTEMPT_S, "udp", 0.3)
+    async with ScriptedServer(silent) as first, ScriptedServer(good) as second:
+        bench = make_bench([first.url, second.url])
+        await bench.ask("first.direct.example")
+        await asyncio.sleep(0.4)
+        await asyncio.gather(*(bench.ask(f"n{number}.direct.example") for number in range(10)))
+        assert (len(first.queries), len(second.queries)) == (2, 11)
 
 
 @pytest.mark.parametrize("code", [2, 4, 5])

@@ -18,16 +18,25 @@ from ztun.names.message import (
     Type,
     opt_bytes,
 )
-from ztun.names.scan import HEADER_LENGTH, MalformedError, Record, read_header, read_name, read_question, read_records
+from ztun.names.scan import (
+    AD,
+    CD,
+    DO,
+    HEADER_LENGTH,
+    OPCODE,
+    QR,
+    RA,
+    RD,
+    TC,
+    MalformedError,
+    Record,
+    read_header,
+    read_name,
+    read_question,
+    read_records,
+)
 from ztun.ports import Buffer
 
-_QR = 0x8000
-_TC = 0x0200
-_RD = 0x0100
-_RA = 0x0080
-_AD = 0x0020
-_CD = 0x0010
-_DO = 0x8000
 _PADDING = 12  # EDNS option, RFC 7830
 _PADDED_BLOCK = 128  # RFC 8467 section 4.1
 
@@ -76,9 +85,9 @@ class Answer(NamedTuple):
 
     def reply(self, query: Query, elapsed: float = 0.0) -> bytes:
         """The answer as a reply to `query`, whose question is the one that was asked upstream."""
-        flags = _QR | query.flags & (_RD | _CD) | _RA | self.rcode
-        if self.authentic and (query.dnssec_ok or query.flags & _AD):  # RFC 6840 section 5.8
-            flags |= _AD
+        flags = QR | query.flags & (RD | CD) | RA | self.rcode
+        if self.authentic and (query.dnssec_ok or query.flags & AD):  # RFC 6840 section 5.8
+            flags |= AD
         message = bytearray(self.body)
         message[0:4] = query.id.to_bytes(2) + flags.to_bytes(2)
         message[HEADER_LENGTH : HEADER_LENGTH + len(query.question)] = query.question
@@ -104,13 +113,13 @@ def make_upstream_query(
 
     padded: for encrypted transports, so that the length says little about the name (RFC 8467).
     """
-    flags = _RD | query.flags & (_CD | _AD)
+    flags = RD | query.flags & (CD | AD)
     counts = b"\x00\x01\x00\x00\x00\x00\x00\x01" if edns else b"\x00\x01\x00\x00\x00\x00\x00\x00"
     message = identifier.to_bytes(2) + flags.to_bytes(2) + counts + (question or query.question)
     if not edns:
         return message
     head = b"\x00" + int(Type.OPT).to_bytes(2) + UDP_SIZE.to_bytes(2)
-    head += (_DO if query.dnssec_ok else 0).to_bytes(4)
+    head += (DO if query.dnssec_ok else 0).to_bytes(4)
     if not padded:
         return message + head + b"\x00\x00"
     padding = -(len(message) + len(head) + 6) % _PADDED_BLOCK
@@ -133,7 +142,7 @@ def _read_answer(message: bytes, question: bytes, exact_case: bool) -> Answer | 
     header = read_header(message)
     if len(message) > MAX_MESSAGE:
         raise MalformedError("too_long")
-    if not header.flags & _QR or header.flags & 0x7800:
+    if not header.flags & QR or header.flags & OPCODE:
         return Unusable("not_a_response")
     if header.questions != 1:
         return Unusable("wrong_question")
@@ -142,13 +151,13 @@ def _read_answer(message: bytes, question: bytes, exact_case: bool) -> Answer | 
         return Unusable("wrong_question")
     if exact_case and asked.wire != question:
         return Unusable("wrong_case")
-    rcode, truncated = header.flags & 0xF, bool(header.flags & _TC)
+    rcode, truncated = header.flags & 0xF, bool(header.flags & TC)
     if truncated:
         return Answer(rcode, False, True, b"", (), 0)
     records = read_records(message, header, asked.end)
     if any(record.type == Type.OPT and record.ttl >> 24 for record in records):
         return Unusable("extended_rcode")
-    return _trim(message, rcode, bool(header.flags & _AD), records, asked.end)
+    return _trim(message, rcode, bool(header.flags & AD), records, asked.end)
 
 
 def _same_question(first: bytes, second: bytes) -> bool:

@@ -6,9 +6,17 @@ from collections.abc import Iterable
 from enum import IntEnum
 from typing import NamedTuple
 
-from dnslib import AAAA, EDNS0, PTR, QTYPE, RD, RR, A, DNSHeader, DNSLabel, DNSQuestion, DNSRecord, EDNSOption
+import dnslib
+from dnslib import AAAA, EDNS0, PTR, QTYPE, RR, A, DNSHeader, DNSLabel, DNSQuestion, DNSRecord, EDNSOption
 
 from ztun.names.scan import (
+    CD,
+    DO,
+    OPCODE,
+    QR,
+    RA,
+    RD,
+    TC,
     Labels,
     MalformedError,
     Question,
@@ -29,13 +37,6 @@ MAX_MESSAGE = 65535
 _MAX_QUERY = 4096
 
 CLASS_IN = 1
-_QR = 0x8000
-_TC = 0x0200
-_RD = 0x0100
-_RA = 0x0080
-_AD = 0x0020
-_CD = 0x0010
-_DO = 0x8000
 
 
 class Type(IntEnum):
@@ -95,7 +96,7 @@ class Query(NamedTuple):
 
     @property
     def checking_disabled(self) -> bool:
-        return bool(self.flags & _CD)
+        return bool(self.flags & CD)
 
 
 class Drop(NamedTuple):
@@ -111,7 +112,7 @@ def make_query(name: str, kind: int) -> Query:
     if not all(0 < len(label) < 64 for label in labels) or sum(len(label) + 1 for label in labels) > 254:
         raise ValueError(f"{name!r} is no name")
     wire = b"".join(bytes((len(label),)) + label for label in labels) + b"\x00"
-    return Query(0, _RD, text_of(labels), labels, kind, wire + kind.to_bytes(2) + CLASS_IN.to_bytes(2))
+    return Query(0, RD, text_of(labels), labels, kind, wire + kind.to_bytes(2) + CLASS_IN.to_bytes(2))
 
 
 def read_query(received: Buffer) -> Query | Drop:
@@ -121,7 +122,7 @@ def read_query(received: Buffer) -> Query | Drop:
         header = read_header(message)
     except MalformedError as error:
         return Drop(f"malformed_{error.reason}")
-    if header.flags & _QR:
+    if header.flags & QR:
         return Drop("malformed_not_a_query")  # never answered: two servers could answer each other for ever
     try:
         return _read_query(message)
@@ -131,7 +132,7 @@ def read_query(received: Buffer) -> Query | Drop:
 
 def _read_query(message: bytes) -> Query | Drop:
     header = read_header(message)
-    if header.flags & 0x7800:
+    if header.flags & OPCODE:
         return Drop("unsupported_opcode", bare_reply(header.id, header.flags, Rcode.NOTIMP))
     if len(message) > _MAX_QUERY:
         raise MalformedError("too_long")
@@ -163,14 +164,14 @@ def _make_query(identifier: int, flags: int, question: Question, opt: Record | N
     if opt is None:
         return Query(identifier, flags, name, question.labels, question.type, question.wire)
     size = max(PLAIN_UDP_SIZE, opt.klass)
-    do = bool(opt.ttl & _DO)
+    do = bool(opt.ttl & DO)
     return Query(identifier, flags, name, question.labels, question.type, question.wire, size, do)
 
 
 def bare_reply(identifier: int, flags: int, rcode: Rcode) -> bytes:
     """A header alone, for a query whose question could not be read."""
     return b"".join(
-        value.to_bytes(2) for value in (identifier, _QR | flags & (0x7800 | _RD) | _RA | rcode & 0xF, 0, 0, 0, 0)
+        value.to_bytes(2) for value in (identifier, QR | flags & (OPCODE | RD) | RA | rcode & 0xF, 0, 0, 0, 0)
     )
 
 
@@ -181,7 +182,7 @@ def make_reply(
     error: ExtendedError | None = None,
 ) -> bytes:
     """A reply of ztun's own, with the question as the client spelled it, and an OPT if the query had one."""
-    header = DNSHeader(id=query.id, bitmap=_QR | query.flags & (_RD | _CD) | _RA | rcode & 0xF)
+    header = DNSHeader(id=query.id, bitmap=QR | query.flags & (RD | CD) | RA | rcode & 0xF)
     question = DNSQuestion(DNSLabel(query.labels), query.type, int.from_bytes(query.question[-2:]))
     record = DNSRecord(header, [question], list(answers))
     if query.udp_size is not None:
@@ -199,7 +200,7 @@ def opt_bytes(query: Query) -> bytes:
     """The OPT record for a reply to `query` that dnslib does not build; empty when the query had none."""
     if query.udp_size is None:
         return b""
-    ttl = _DO if query.dnssec_ok else 0
+    ttl = DO if query.dnssec_ok else 0
     return b"\x00" + int(Type.OPT).to_bytes(2) + UDP_SIZE.to_bytes(2) + ttl.to_bytes(4) + b"\x00\x00"
 
 
@@ -216,7 +217,7 @@ def pointer_record(query: Query, name: str, ttl: int) -> RR:
 
 def refuse_any_record(query: Query) -> RR:
     """The answer to a query for ANY that serves nobody as an amplifier (RFC 8482 section 4.2)."""
-    return RR(DNSLabel(query.labels), Type.HINFO, CLASS_IN, 3600, RD(b"\x07RFC8482\x00"))
+    return RR(DNSLabel(query.labels), Type.HINFO, CLASS_IN, 3600, dnslib.RD(b"\x07RFC8482\x00"))
 
 
 def fit(query: Query, reply: bytes) -> bytes:
@@ -225,7 +226,7 @@ def fit(query: Query, reply: bytes) -> bytes:
     if len(reply) <= limit:
         return reply
     opt = opt_bytes(query)
-    flags = int.from_bytes(reply[2:4]) | _TC
+    flags = int.from_bytes(reply[2:4]) | TC
     counts = b"\x00\x01\x00\x00\x00\x00" + (b"\x00\x01" if opt else b"\x00\x00")
     return reply[:2] + flags.to_bytes(2) + counts + query.question + opt
 

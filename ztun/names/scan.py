@@ -19,6 +19,10 @@ _HEADER = struct.Struct("!HHHHHH")
 _QUESTION_TAIL = struct.Struct("!HH")
 _RECORD_TAIL = struct.Struct("!HHIH")
 
+# The header's flags (RFC 1035 section 4.1.1, RFC 4035 section 3.1.6), and the one in an OPT's TTL (RFC 3225).
+QR, OPCODE, TC, RD, RA, AD, CD = 0x8000, 0x7800, 0x0200, 0x0100, 0x0080, 0x0020, 0x0010
+DO = 0x8000
+
 Labels = tuple[bytes, ...]
 
 

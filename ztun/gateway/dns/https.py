@@ -1,4 +1,8 @@
-"""Upstream servers by HTTPS (RFC 8484)."""
+"""Upstream servers by HTTPS (RFC 8484), HTTP/1.1.
+
+Section 5.2 recommends HTTP/2, which aiohttp does not speak, and a few public servers insist on it (Quad9 since
+December 2025): those are to be asked by tls://.
+"""
 
 from __future__ import annotations
 

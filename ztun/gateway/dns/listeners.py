@@ -158,13 +158,25 @@ class StreamListener:
             self._counters["overload_streams"] += 1
             writer.transport.abort()
             return
-        _spawn(self._streams, self._serve(reader, writer))
+        _spawn(self._streams, _Stream(reader, writer, self._answer).serve())
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        pending: set[asyncio.Task[None]] = set()
+
+class _Stream:
+    """One client's stream."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answer: Answer) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._answer = answer
+        self._pending: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._replied_at = self._loop.time()
+
+    async def serve(self) -> None:
+        pending, writer = self._pending, self._writer
         try:
-            while (query := await _next_query(reader, pending)) is not None:
-                _spawn(pending, self._reply(query, writer))
+            while (query := await self._next_query()) is not None:
+                _spawn(pending, self._reply(query))
                 if len(pending) >= _MAX_PIPELINED:
                     await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             if pending:
@@ -177,34 +189,33 @@ class StreamListener:
                 writer.transport.abort()
             await _cancel(pending)
 
-    async def _reply(self, query: bytes, writer: asyncio.StreamWriter) -> None:
+    async def _next_query(self) -> bytes | None:
+        """The next query, or None when the client has no more or was silent for too long with nothing under way."""
+        while True:
+            try:
+                async with asyncio.timeout(_STREAM_IDLE_S):
+                    length = int.from_bytes(await self._reader.readexactly(2))
+                break
+            except asyncio.IncompleteReadError:
+                return None
+            except TimeoutError:
+                if not self._pending and self._loop.time() - self._replied_at >= _STREAM_IDLE_S:
+                    return None
+        async with asyncio.timeout(_STREAM_IDLE_S):
+            return await self._reader.readexactly(length)
+
+    async def _reply(self, query: bytes) -> None:
         reply = await self._answer(query, True)
         if reply is None:
-            writer.transport.abort()  # what cannot be answered is no DNS, and what follows it neither
+            self._writer.transport.abort()  # what cannot be answered is no DNS, and what follows it neither
             return
-        writer.write(frame(reply))
+        self._writer.write(frame(reply))
         try:
             async with asyncio.timeout(_STREAM_IDLE_S):
-                await writer.drain()
+                await self._writer.drain()
         except (OSError, TimeoutError):
-            writer.transport.abort()
-
-
-async def _next_query(reader: asyncio.StreamReader, pending: set[asyncio.Task[None]]) -> bytes | None:
-    """The next query, or None when the client has no more or was silent for too long with nothing under way."""
-    while True:
-        try:
-            async with asyncio.timeout(_STREAM_IDLE_S):
-                try:
-                    length = int.from_bytes(await reader.readexactly(2))
-                except asyncio.IncompleteReadError:
-                    return None
-        except TimeoutError:
-            if pending:
-                continue
-            return None
-        async with asyncio.timeout(_STREAM_IDLE_S):
-            return await reader.readexactly(length)
+            self._writer.transport.abort()
+        self._replied_at = self._loop.time()
 
 
 def _spawn(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:

@@ -202,6 +202,7 @@ class DnsService:
         return make_reply(query, rcode=Rcode.NXDOMAIN)
 
     def _respond_by_rule(self, query: Query, decision: NameDecision) -> Reply:
+        log.debug("name asked", name=query.name, type=query.type, verdict=decision.kind.value, rule=decision.rule)
         if decision.kind is NameKind.BLOCK:
             self.counters["blocked"] += 1
             return make_reply(query, rcode=Rcode.NXDOMAIN, error=ExtendedError.BLOCKED)

@@ -48,16 +48,25 @@ class _Upstream:
         self.transport = transport
         self.retry_at = 0.0
         self._penalty = 0.0
+        self._failed_at = 0.0
+
+    def tried(self, now: float, patience: float) -> None:
+        """Asked now, for at most `patience` seconds. One query at a time finds out whether it is back."""
+        if self._penalty:
+            self.retry_at = max(self.retry_at, now + patience)
 
     def succeeded(self) -> None:
         if self._penalty:
             log.info("DNS server answers again", server=str(self.server))
         self.retry_at = self._penalty = 0.0
 
-    def failed(self, error: UpstreamError, now: float) -> None:
+    def failed(self, error: UpstreamError, started: float, now: float) -> None:
+        if started <= self._failed_at:
+            return  # the same outage, seen by another query
         if not self._penalty:
             log.warning("DNS server does not answer", server=str(self.server), reason=str(error))
         self._penalty = min(max(_FIRST_PENALTY_S, 2 * self._penalty), _MAX_PENALTY_S)
+        self._failed_at = now
         self.retry_at = now + self._penalty
 
 
@@ -193,15 +202,17 @@ class Resolver:
         raise failure
 
     async def _try(self, upstream: _Upstream, query: Query, patience: int) -> Answer:
+        started, seconds = time.monotonic(), patience * _ATTEMPT_S[upstream.server.scheme]
+        upstream.tried(started, seconds)
         try:
-            async with asyncio.timeout(patience * _ATTEMPT_S[upstream.server.scheme]):
+            async with asyncio.timeout(seconds):
                 answer = await upstream.transport.exchange(query)
         except TimeoutError:
             error = UpstreamError(f"{upstream.server}: no answer")
-            upstream.failed(error, time.monotonic())
+            upstream.failed(error, started, time.monotonic())
             raise error from None
         except UpstreamError as error:
-            upstream.failed(error, time.monotonic())
+            upstream.failed(error, started, time.monotonic())
             raise
         upstream.succeeded()
         if any(self._is_fake(each.address) for each in answer.addresses()):
