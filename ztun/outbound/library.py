@@ -14,7 +14,6 @@ from python_socks._protocols.errors import ReplyError
 # What decoding a message can raise, the library's own error aside: a name that is no UTF-8, an address of a wrong size.
 MALFORMED = (ReplyError, ValueError, IndexError, OSError)
 
-ConnectReply = socks5.ConnectReply
 HttpReply = http.ConnectReply
 Socks5Connection = socks5.Connection
 Socks5Reply = socks5.ConnectReply
