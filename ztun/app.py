@@ -60,6 +60,7 @@ async def run(settings: Settings, announce: Announce) -> int:
     """
     machine.require_supported(settings)
     machine.require_privilege()
+    machine.allow_many_sockets()
     asyncio.get_running_loop().set_exception_handler(_log_loop_error)
     stop = StopRequest()
     with stop.signals():

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import ipaddress
 import os
+import resource
 import socket
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
@@ -40,6 +41,12 @@ def require_privilege() -> None:
     """Raises ZtunError unless this process may change the network (CAP_NET_ADMIN, or root where there are none)."""
     if not _may_change_network():
         raise ZtunError("needs root (CAP_NET_ADMIN) to change the network; run it with sudo")
+
+
+def allow_many_sockets() -> None:
+    """Raise the soft limit of open files to the hard one: every flow is a socket, and 1024 is soon reached."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _may_change_network() -> bool:
