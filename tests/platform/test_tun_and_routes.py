@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import socket
+import time
 from pathlib import Path
 
 import pytest
-from lan_world import MARK, TUN, World, read_packet, udp
+from lan_world import MARK, TUN, World, udp
 
 from ztun.errors import ZtunError
 from ztun.platform.linux import interface_addresses, make_routes, make_socket_factory, open_device, sysctl
@@ -47,10 +48,16 @@ def test_the_device_is_up_with_addresses_routes_and_a_long_queue(world: World) -
     assert TUN not in shown(world, "ip", "link")
 
 
-def test_the_device_is_quiet_by_itself(world: World) -> None:
+@pytest.mark.parametrize("forwarding", ["0", "1"])
+def test_the_device_is_quiet_by_itself(world: World, forwarding: str) -> None:
+    everywhere = Path("/proc/sys/net/ipv6/conf/all/forwarding")
+    everywhere.write_text(forwarding)
     device = open_device(TUN, 1500)
     make_routes(TUN, mtu=1500, address="198.18.0.1/15", address6="2001:2::1/48").up()
-    assert read_packet(device, timeout=0.3) is None
+    assert sysctl.read(f"ipv6/conf/{TUN}/forwarding") == forwarding
+    # As the routes backend does once the link is up.
+    everywhere.write_text("1")
+    time.sleep(1.2)  # a report is sent within a second (RFC 3810, section 9.11)
     assert device.recv_into(bytearray(70000)) == 0
     device.close()
 

@@ -71,7 +71,7 @@ def load(directory: Path, programs: Sequence[str], maps: Sequence[str]) -> tuple
 def _import_bcc() -> Any:
     try:
         from bcc import BPF
-    except (ImportError, OSError) as error:  # OSError: the Python part without its library
+    except ImportError as error:
         raise MissingError(f"bcc is not there for this Python ({error}): install python3-bpfcc") from error
     return BPF
 

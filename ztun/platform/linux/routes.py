@@ -23,6 +23,8 @@ PROTOCOL = 122
 # 500 packets, the kernel's choice, overflow under the bursts of a few fast flows.
 QUEUE_LENGTH = 4000
 _IFA_F_NODAD = 0x02
+_IFF_MULTICAST = 0x1000
+_IPV6_MIN_MTU = 1280  # RFC 8200, section 5
 
 Interface = IPv4Interface | IPv6Interface
 Network = IPv4Network | IPv6Network
@@ -42,8 +44,9 @@ class TunRoutes:
         """Set the link up with addresses and routes. Raises ZtunError naming what the kernel refused."""
         if self._is_up:
             return
-        self._set_sysctls()
         try:
+            netlink.run(self._renounce_multicast)
+            self._set_sysctls()
             netlink.run(self._install)
         except netlink.NetlinkError as error:
             raise ZtunError(f"cannot set up {self._device}: {netlink.explain(error)}") from error
@@ -87,9 +90,17 @@ class TunRoutes:
             log.warning("this kernel has no IPv6: going on without", addresses=left_out)
         return [address for address in self._addresses if address.version == 4]
 
+    def _renounce_multicast(self, ip: Any) -> None:
+        """A host that forwards joins ff02::2 on each link that can multicast, and the reports of it (RFC 3810) would
+        come to us as packets. Below 1280 octets Linux forgets IPv6 on a link, and begins anew above.
+        """
+        index = socket.if_nametoindex(self._device)
+        ip.link("set", index=index, flags=0, change=_IFF_MULTICAST, mtu=_IPV6_MIN_MTU - 1)
+        ip.link("set", index=index, mtu=self._mtu)
+
     def _install(self, ip: Any) -> None:
         index = socket.if_nametoindex(self._device)
-        ip.link("set", index=index, mtu=self._mtu, txqlen=QUEUE_LENGTH, state="up")
+        ip.link("set", index=index, txqlen=QUEUE_LENGTH, state="up")
         addresses = self._usable_addresses()
         for address in addresses:
             flags = {"flags": _IFA_F_NODAD} if address.version == 6 else {}
