@@ -35,6 +35,7 @@ class App:
         self.holds = False
         self.unsent = bytearray()
         self.on_data: Any = None
+        self.then_shuts_down = False  # when everything was sent
 
     # The stack's Handler.
 
@@ -78,6 +79,9 @@ class App:
                 buffer[:count] = self.unsent[:count]
                 self.conn.send(buffer[:count], self.net.now, buffer)
             del self.unsent[:count]
+        if self.then_shuts_down and not self.unsent:
+            self.then_shuts_down = False
+            self.conn.shutdown(self.net.now)
 
     def shuts_down(self) -> None:
         self.conn.shutdown(self.net.now)

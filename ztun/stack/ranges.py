@@ -30,6 +30,11 @@ class RangeSet:
         return zip(reversed(self._starts), reversed(self._ends), strict=True)
 
     @property
+    def first(self) -> tuple[int, int]:
+        """The first range. Only for a set that is not empty."""
+        return self._starts[0], self._ends[0]
+
+    @property
     def highest(self) -> int:
         """The end of the last range. Only for a set that is not empty."""
         return self._ends[-1]
@@ -63,6 +68,32 @@ class RangeSet:
             else:
                 self._starts[0] = bound
                 self.total -= bound - start
+
+    def remove(self, start: int, end: int) -> None:
+        """Remove every integer of [start, end)."""
+        first = bisect_right(self._ends, start)
+        last = bisect_left(self._starts, end)
+        if first >= last:
+            return
+        self.total -= self.count_between(start, end)
+        left, right = self._starts[first], self._ends[last - 1]
+        starts, ends = ([left], [start]) if left < start else ([], [])
+        if right > end:
+            starts.append(end)
+            ends.append(right)
+        self._starts[first:last] = starts
+        self._ends[first:last] = ends
+
+    def discard_from(self, bound: int) -> None:
+        """Remove every integer from `bound` on."""
+        while self._starts and self._ends[-1] > bound:
+            start, end = self._starts[-1], self._ends[-1]
+            if start >= bound:
+                del self._starts[-1], self._ends[-1]
+                self.total -= end - start
+            else:
+                self._ends[-1] = bound
+                self.total -= end - bound
 
     def clear(self) -> None:
         self._starts.clear()

@@ -8,10 +8,11 @@ _GRANULARITY = 0.001
 class RttEstimator:
     """Keeps SRTT, RTTVAR and RTO, all in seconds. srtt is None before the first sample."""
 
-    __slots__ = ("_initial", "_maximum", "_minimum", "backed_off", "rto", "rttvar", "srtt")
+    __slots__ = ("_initial", "_maximum", "_minimum", "backed_off", "lowest", "rto", "rttvar", "srtt")
 
     def __init__(self, initial: float, minimum: float, maximum: float) -> None:
         self.srtt: float | None = None
+        self.lowest = 0.0  # of all samples; 0 before the first
         self.rttvar = 0.0
         self.rto = initial
         self.backed_off = False
@@ -21,6 +22,8 @@ class RttEstimator:
 
     def sample(self, rtt: float) -> None:
         """Take one measurement of a segment that was not retransmitted (Karn), which also ends any back-off."""
+        if rtt < self.lowest or self.srtt is None:
+            self.lowest = rtt
         if self.srtt is None:
             self.srtt = rtt
             self.rttvar = rtt / 2

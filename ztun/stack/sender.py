@@ -5,8 +5,9 @@ Loss recovery follows RFC 6675 with SACK and RFC 6582 without. Sequence numbers 
 
 from __future__ import annotations
 
+from collections import deque
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ztun.stack.congestion import NewReno
 from ztun.stack.ranges import RangeSet
@@ -27,13 +28,22 @@ class Recovery(Enum):
     LOSS = 2  # the retransmission timer did
 
 
+class _Resent(NamedTuple):
+    """A retransmission of [start, end): nxt is what came next for new data when it was sent, `at` the time."""
+
+    start: int
+    end: int
+    nxt: int
+    at: float
+
+
 class Sender:
     """una: oldest unacknowledged; nxt: next to send; wnd: the peer's window; mss: payload of a full segment."""
 
     __slots__ = (
-        "_conn", "_duplicates", "_entered_at", "_high_retransmit", "_limited", "_lost_until", "_max_wnd", "_probing",
-        "_recover", "_timed_at", "_timed_seq", "_wl1", "_wl2", "cc", "fin_queued", "largest", "last_send", "limit",
-        "mss", "nxt", "queue", "recovery", "retransmits", "retries", "rto_at", "rtt", "sacked", "una", "wnd",
+        "_conn", "_duplicates", "_entered_at", "_limited", "_lost", "_marked_until", "_max_wnd", "_probing", "_recover",
+        "_resent", "_timed_at", "_timed_seq", "_wl1", "_wl2", "cc", "fin_queued", "largest", "last_send", "limit", "mss",
+         "nxt", "queue", "recovery", "retransmits", "retries", "rto_at", "rtt", "sacked", "una", "wnd",
     )  # fmt: skip
 
     def __init__(self, conn: Connection, first: int, mss: int) -> None:
@@ -60,8 +70,9 @@ class Sender:
         self._duplicates = 0
         self._recover = first
         self._entered_at = 0.0
-        self._high_retransmit = first
-        self._lost_until = first
+        self._lost = RangeSet()  # what is believed lost and was not sent again since
+        self._marked_until = first  # below, it was decided once already what is lost
+        self._resent: deque[_Resent] = deque()  # retransmissions under way, in the order they were sent
         self._timed_seq: int | None = None
         self._timed_at = 0.0
         self._limited = False  # the congestion window, not the application, held data back
@@ -195,8 +206,8 @@ class Sender:
             and (news if self._conn.sack_permitted else empty and same_window and ack == self.una)
         ):
             self._duplicates += 1  # RFC 6675 section 2: with SACK an ACK that brings news; else RFC 5681 section 2
-        if self.recovery is Recovery.FAST:
-            self._mark_lost()
+        if self.recovery is not Recovery.NONE:
+            self._mark_lost(now)
         elif self._is_loss():
             self._enter_fast_recovery(now)
         if self.unsent() > 0 or self.recovery is not Recovery.NONE:
@@ -207,6 +218,7 @@ class Sender:
         for start, end in sack:
             if self.una < start < end <= self.nxt and len(self.sacked) < _MAX_RANGES:
                 self.sacked.add(start, end)
+                self._lost.remove(start, end)
         return self.sacked.total > before
 
     def _advance(self, ack: int, now: float) -> None:
@@ -219,6 +231,8 @@ class Sender:
         self.queue.acknowledge(min(ack, self.queue.end))
         if self.sacked:
             self.sacked.discard_below(ack)
+        if self._lost:
+            self._lost.discard_below(ack)
         if self.recovery is Recovery.NONE:
             self._duplicates = 0
             if self._limited or flight >= self.cc.cwnd:
@@ -238,87 +252,122 @@ class Sender:
                 self.cc.acknowledged(min(count, self.cc.cwnd))
             self.recovery = Recovery.NONE
             self._duplicates = 0
+            while self._resent and self._resent[0].end <= ack:
+                self._resent.popleft()
             return
-        untouched = self._high_retransmit <= ack
-        self._high_retransmit = max(self._high_retransmit, ack)
         if self.recovery is Recovery.LOSS:
             self.cc.acknowledged(min(count, self.cc.cwnd))
         elif not self._conn.sack_permitted:
             # The partial ACK names the next hole; what it covers had brought duplicates (RFC 6582 section 3.2 step 3).
             self._duplicates = max(self._duplicates + 1 - count // self.mss, 0)
-            self._lost_until = max(self._lost_until, min(ack + self.mss, self.nxt))
+            self._lost.add(ack, min(ack + self.mss, self.nxt))
             self._retransmit_first(now)
-        elif untouched and now - self._entered_at >= (self.rtt.srtt or 0.0):
+        elif ack >= self._marked_until and now - self._entered_at >= (self.rtt.srtt or 0.0):
             # The retransmission arrived, and what was sent long before it did not: it is lost (as RFC 8985 argues).
-            self._lost_until = max(self._lost_until, self._recover)
+            self._mark_until(self._recover)
             self._retransmit_first(now)
 
     # Loss recovery.
 
     def _is_loss(self) -> bool:
         """IsLost of the first unacknowledged byte (RFC 6675 section 4), not within a recovery (RFC 6582 section 4)."""
-        if self.recovery is Recovery.LOSS or self.una < self._recover:
-            return False
-        return self._duplicates >= _DUPLICATE_THRESHOLD or self.sacked.total > (_DUPLICATE_THRESHOLD - 1) * self.mss
+        if self._duplicates >= _DUPLICATE_THRESHOLD or self._lost:
+            return True
+        return self.sacked.total > (_DUPLICATE_THRESHOLD - 1) * self.mss
 
     def _enter_fast_recovery(self, now: float) -> None:
         self.cc.loss(self.flight())
-        self._begin_recovery(Recovery.FAST, self.una + min(self.mss, self.flight()), now)
-        self._mark_lost()
+        self._begin_recovery(Recovery.FAST, now)
+        if self._conn.sack_permitted:
+            self._mark_until(min(self.una + self.mss, self.nxt))
+            self._mark_lost(now)
+        else:
+            self._lost.add(self.una, min(self.una + self.mss, self.nxt))
         self._retransmit_first(now)
 
-    def _begin_recovery(self, recovery: Recovery, lost_until: int, now: float) -> None:
+    def _begin_recovery(self, recovery: Recovery, now: float) -> None:
         self.recovery = recovery
         self._recover = self.nxt
         self._entered_at = now
-        self._high_retransmit = self.una
-        self._lost_until = lost_until
         self._timed_seq = None
 
-    def _retransmit_first(self, now: float) -> None:
-        """Send the first hole at once, whatever the congestion window says (RFC 6675 section 5 step 4.3)."""
-        gap = self.sacked.next_gap(max(self._high_retransmit, self.una), min(self._lost_until, self.nxt))
-        if gap is not None:
-            self._retransmit(gap[0], min(gap[1] - gap[0], self.mss), now)
-
-    def _retransmit(self, start: int, count: int, now: float) -> None:
-        self._high_retransmit = start + count
-        self._send(start, count, now)
-
-    def _mark_lost(self) -> None:
+    def _mark_lost(self, now: float) -> None:
         """Everything below the last two segments' worth of SACKed bytes is lost (RFC 6675, IsLost)."""
         above = 0
         for start, end in reversed(self.sacked):
             above += end - start
             if above > (_DUPLICATE_THRESHOLD - 1) * self.mss:
-                self._lost_until = max(self._lost_until, start)
-                return
+                self._mark_until(start)
+                break
+        if self._resent:
+            self._mark_lost_again(now)
+
+    def _mark_until(self, limit: int) -> None:
+        """What is not SACKed below `limit` is lost. Each byte is marked once; then it is for `_mark_lost_again`."""
+        position = max(self._marked_until, self.una)
+        while (gap := self.sacked.next_gap(position, limit)) is not None:
+            self._lost.add(*gap)
+            position = gap[1]
+        self._marked_until = max(self._marked_until, limit)
+
+    def _mark_lost_again(self, now: float) -> None:
+        """A retransmission is lost when something that was sent after it has arrived (as RFC 8985 argues).
+
+        Sent later are the retransmissions behind it in the list, and new data above what was `nxt` then.
+        """
+        arrived = self.sacked.highest if self.sacked else self.una
+        overtaken = 0
+        for index in range(len(self._resent) - 1, -1, -1):
+            sent = self._resent[index]
+            if arrived > sent.nxt:
+                overtaken = index + 1
+                break
+            # An ACK sooner than any round trip answers the first transmission, which was only late.
+            if now - sent.at >= self.rtt.lowest and self._has_arrived(sent):
+                overtaken = index
+                break
+        for _ in range(overtaken):
+            sent = self._resent.popleft()
+            position = max(sent.start, self.una)
+            while (gap := self.sacked.next_gap(position, sent.end)) is not None:
+                self._lost.add(*gap)
+                position = gap[1]
+
+    def _has_arrived(self, sent: _Resent) -> bool:
+        start = max(sent.start, self.una)
+        return self.una > sent.start or self.sacked.count_between(start, sent.end) > 0
 
     def _pipe(self) -> int:
         """An estimate of the bytes still in the network (RFC 6675, SetPipe)."""
-        resent = min(self._high_retransmit, self._lost_until)
-        pipe = max(resent - self.una, 0) - self.sacked.count_between(self.una, resent)
-        alive = max(self._lost_until, self.una)
-        pipe += self.nxt - alive - self.sacked.count_between(alive, self.nxt)
+        pipe = self.flight() - self.sacked.total - self._lost.total
         if self.recovery is Recovery.FAST and not self._conn.sack_permitted:
             pipe -= self._duplicates * self.mss  # each says that one segment has left the network
         return max(pipe, 0)
 
+    def _retransmit_first(self, now: float) -> None:
+        """Send the first hole at once, whatever the congestion window says (RFC 6675 section 5 step 4.3)."""
+        if self._lost:
+            self._retransmit(self.mss, now)
+
+    def _retransmit(self, most: int, now: float) -> None:
+        """Send the first of what is lost again, at most `most` bytes."""
+        start, end = self._lost.first
+        count = min(end - start, self.largest, most)
+        if self.mss < count < end - start:
+            count -= count % self.mss
+        self._lost.discard_below(start + count)
+        if self._conn.sack_permitted:
+            self._resent.append(_Resent(start, start + count, self.nxt, now))
+        if start == self.una:
+            self.rto_at = None  # it starts again: the first hole has its chance
+        self._send(start, count, now)
+
     def _transmit_in_recovery(self, now: float) -> None:
-        while True:
-            room = self.cc.cwnd - self._pipe()
-            if room < self.mss:
+        while (room := self.cc.cwnd - self._pipe()) >= self.mss:
+            if self._lost:
+                self._retransmit(room, now)
+            elif not self._send_new(min(room, self.wnd - self.flight()), now):
                 return
-            gap = self.sacked.next_gap(max(self._high_retransmit, self.una), min(self._lost_until, self.nxt))
-            if gap is None:
-                if not self._send_new(min(room, self.wnd - self.flight()), now):
-                    return
-                continue
-            start, end = gap
-            count = min(end - start, self.largest, room)
-            if count > self.mss and count < end - start:
-                count -= count % self.mss
-            self._retransmit(start, count, now)
 
     def timed_out(self, now: float) -> bool:
         """The retransmission (or persist) timer expired. False when the peer is given up."""
@@ -352,10 +401,17 @@ class Sender:
 
     def _restart_from_una(self, now: float) -> None:
         self.cc.time_out(self.flight(), self.retries > 1)
-        self._begin_recovery(Recovery.LOSS, self.nxt, now)
+        self._begin_recovery(Recovery.LOSS, now)
         self._duplicates = 0
         self.sacked.clear()  # the receiver may have dropped what it SACKed (RFC 2018 section 8)
+        self._forget_marks()
+        self._mark_until(self.nxt)
         self._transmit_in_recovery(now)
+
+    def _forget_marks(self) -> None:
+        self._lost.clear()
+        self._resent.clear()
+        self._marked_until = self.una
 
     def resize(self, mss: int, largest: int, now: float) -> None:
         """The path takes only `mss` bytes of payload now (RFC 1191): send the flight again in smaller segments."""
@@ -364,8 +420,8 @@ class Sender:
         if not self.flight():
             return
         if self.recovery is Recovery.NONE:
-            self._begin_recovery(Recovery.FAST, self.nxt, now)  # no sign of congestion: the window stays
+            self._begin_recovery(Recovery.FAST, now)  # no sign of congestion: the window stays
             self.cc.ssthresh = min(self.cc.ssthresh, self.cc.cwnd)
-        self._high_retransmit = self.una
-        self._lost_until = self.nxt
+        self._forget_marks()
+        self._mark_until(self.nxt)
         self._transmit_in_recovery(now)
