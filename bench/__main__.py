@@ -16,7 +16,7 @@ from rich.console import Console
 from bench.measure import Run
 from bench.rows import LINES, ROWS
 from bench.servers import start_servers
-from bench.subjects import OURS, PROXIES, SUBJECTS
+from bench.subjects import OURS, SUBJECTS
 from bench.table import Samples, make_table, verdict
 from ztun.lab import Lab
 
@@ -54,7 +54,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of each measurement")
     parser.add_argument("--quick", action="store_true", help="one round of a second each, about two minutes")
     parser.add_argument("--rows", default=",".join(ROWS), help="some of %(default)s")
-    parser.add_argument("--proxy", choices=list(PROXIES), help="one for all rows, instead of the one that suits each")
+    parser.add_argument("--proxy", choices=["danted", "microsocks"], help="for all rows that use a real one")
     parser.add_argument("--window", type=int, default=256, help="datagrams under way; 0 floods")
     parser.add_argument("--memory-rounds", type=int, default=1, help="memory hardly varies; of the first rounds")
     parser.add_argument("--ipv6", action="store_true")
@@ -88,7 +88,7 @@ def _by_proxy(options: argparse.Namespace, number: int) -> dict[str, list[str]]:
         if row.measure in measured or (name == "memory" and number >= options.memory_rounds):
             continue
         measured.add(row.measure)
-        proxy = row.proxy if name == "memory" else options.proxy or row.proxy
+        proxy = row.proxy if row.proxy == "sink" else options.proxy or row.proxy
         found.setdefault(proxy, []).append(name)
     return found
 

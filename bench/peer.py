@@ -9,6 +9,7 @@ import signal
 import sys
 
 MTU = 65535
+SESSIONS = 16_384  # the most it takes; the default of 1,024 would refuse 10,000 flows
 
 
 def run_tun2socks(device: str, proxy: str) -> None:
@@ -29,7 +30,7 @@ def run_sing_tun(stack: str, device: str, proxy: str) -> None:
         "Inet4Address": ["172.31.0.1/30"],
         "Inet6Address": ["fdfe:dcba:9876::1/126"],
     }
-    config = sing_tun.Config(proxy=proxy, stack=stack, tun_options=options)
+    config = sing_tun.Config(proxy=proxy, stack=stack, tun_options=options, max_sessions=SESSIONS)
     with sing_tun.Engine(config):
         signal.pause()
 

@@ -29,7 +29,7 @@ ROWS: dict[str, Row] = {
     "throughput": Row(throughput, "danted"),
     "requests": Row(requests, "danted"),
     "latency": Row(latency, "danted"),
-    "udp": Row(udp, "danted"),
+    "udp": Row(udp, "sink"),
     "connections": Row(connections, "microsocks"),
     "cpu": Row(throughput, "danted"),
     "memory": Row(memory, "sink"),

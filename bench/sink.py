@@ -1,4 +1,5 @@
-"""A SOCKS5 server that plays the destinations too: `python -m bench.sink PORT` grants every CONNECT, then echoes.
+"""A SOCKS5 server that plays the destinations too: `python -m bench.sink PORT` grants every CONNECT, then echoes; it
+grants every UDP ASSOCIATE and names `bench.datagrams` as the relay.
 
 For 10,000 idle flows: danted has a bound on its clients and microsocks a thread for each, and both would want a second
 socket per flow. This one is epoll and a dictionary.
@@ -10,10 +11,11 @@ import select
 import socket
 import sys
 
+from bench.datagrams import DATA_PORT
 from ztun.lab import plan
 
 PORT = 1090
-_GRANTED = bytes([5, 0, 0, 1, 0, 0, 0, 0, 0, 0])
+_GRANTED = bytes([5, 0, 0, 1]) + socket.inet_aton(plan.UPSTREAM4) + DATA_PORT.to_bytes(2, "big")
 _REQUEST_SIZES = {1: 10, 4: 22}
 
 
