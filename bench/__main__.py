@@ -8,6 +8,7 @@ import os
 import platform
 import random
 import resource
+import subprocess
 import time
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def _measure(
                 try:
                     for line, value in ROWS[row].measure(run).items():
                         cells.setdefault(line, []).append(value)
-                except RuntimeError as error:
+                except (RuntimeError, subprocess.TimeoutExpired) as error:
                     failures.append(f"{name}, {row}: {error}")
     except RuntimeError as error:
         failures.append(f"{name}, {', '.join(rows)}: {error}")
