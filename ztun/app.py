@@ -221,9 +221,8 @@ class Instance:
         )
         self._classifier = classifier
         self._undo.push("the classifier", self._close_classifier)
-        reason = getattr(classifier, "fallback_reason", None)
-        if reason is not None:
-            self._notes.append(f"{classifier.backend} instead of the first choice: {reason}")
+        if classifier.fallback_reason is not None:
+            self._notes.append(f"{classifier.backend} instead of the first choice: {classifier.fallback_reason}")
         around = rules.surroundings
         prefixes = compile_prefixes(
             rules, around.builtin_direct, around.own_networks, around.fake_ranges, self._countries.__getitem__
@@ -325,6 +324,7 @@ class Instance:
             "uptime_s": round(time.monotonic() - self._started, 3),
             "pid": os.getpid(),
             "version": __version__,
+            **self._describe_backend(),
             **statistics,
         }
 
@@ -333,12 +333,18 @@ class Instance:
         if self._classifier is None or self._routes is None:
             raise ZtunError(f"nothing is installed, the instance is {self.state}; try again in a moment")
         return {
-            "backend": self._classifier.backend,
+            **self._describe_backend(),
             **self._routes.snapshot(),
             **self._classifier.snapshot(),
             "rules": describe_rules(self.settings),
             "counters": self._classifier.counters(),
         }
+
+    def _describe_backend(self) -> dict[str, str | None]:
+        """How packets are captured, and why not by what would have been better; nothing while that is not known."""
+        if self._classifier is None:
+            return {"backend": None, "fallback_reason": None}
+        return {"backend": self._classifier.backend, "fallback_reason": self._classifier.fallback_reason}
 
     def summary(self) -> dict[str, Any]:
         """What was done: the body of `ztun up --json`."""

@@ -70,6 +70,7 @@ class Classifier(Protocol):
     """Decides in the kernel (or, without BPF, by routes) which packets reach the TUN."""
 
     backend: str  # "tcx" | "clsact" | "routes" | "python"
+    fallback_reason: str | None  # why it is not the first choice of "auto"; None when it is
 
     def replace_rules(self, prefixes: Iterable[Prefix]) -> None:
         """Make the prefix tables equal to `prefixes`, changing only what differs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -9,12 +10,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ztun import __version__
+from ztun.cli.routes import show_routes
+from ztun.cli.status import show_status
 from ztun.control import DEFAULT_SOCKET
 
 STATUS: dict[str, Any] = {
@@ -174,6 +178,16 @@ def test_routes_for_a_person_fit_80_columns(socket_path: Path) -> None:
     assert "  192.0.2.0/24  tunnel          0  1234" in lines
     assert "     0  ip_cidr 192.0.2.0/24, port 80  office" in lines
     assert max(map(len, lines)) <= 80
+
+
+def test_a_fall_back_and_its_reason_are_shown() -> None:
+    reason = "bcc is not there for this Python: install python3-bpfcc [sic]"
+    fallen = {"backend": "routes", "fallback_reason": reason}
+    for show, answer in ((show_status, {**STATUS, **fallen}), (show_routes, {**ROUTES, **fallen})):
+        text = io.StringIO()
+        with redirect_stdout(text):
+            show(answer)
+        assert any(line.endswith(f"instead of the first choice: {reason}") for line in text.getvalue().splitlines())
 
 
 def test_down_returns_when_the_instance_is_gone(socket_path: Path) -> None:

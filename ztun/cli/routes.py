@@ -16,7 +16,7 @@ _NUMBERS = ("id", "rule", "hits", "packets", "bytes", "value")
 _BACKENDS = {
     "tcx": "BPF on TCX links; they vanish with the process",
     "clsact": "BPF in clsact filters; a heartbeat lets traffic pass when the process is gone",
-    "routes": "no BPF: routes alone decide, see the log for the reason",
+    "routes": "no BPF: routes alone decide",
 }
 
 
@@ -26,6 +26,8 @@ def show_routes(answer: Mapping[str, Any]) -> None:
     backend = str(answer.get("backend", "unknown"))
     console.print(f"backend {backend}", style="bold", end="")
     console.print(f"  {_BACKENDS[backend]}" if backend in _BACKENDS else "", style="dim")
+    if answer.get("fallback_reason"):
+        console.print(f"  instead of the first choice: {answer['fallback_reason']}", style="yellow", soft_wrap=True)
     _show_lines(console, "Routes", answer.get("routes"))
     _show_lines(console, "IP rules", answer.get("ip_rules"))
     rules = list(answer.get("rules") or ())

@@ -17,6 +17,9 @@ def show_status(status: Mapping[str, Any]) -> None:
     """Print the body of GET /status."""
     console = make_console()
     console.print(_first_line(status))
+    if status.get("fallback_reason"):
+        line = f"captures by {status['backend']} instead of the first choice: {status['fallback_reason']}"
+        console.print(line, style="yellow", soft_wrap=True)
     for name in _SECTIONS:
         section = status.get(name)
         if section:
