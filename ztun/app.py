@@ -110,8 +110,6 @@ class Instance:
         addresses = [machine.InterfaceAddress(*found) for found in platform.interface_addresses()]
         await self._check(addresses)
         rules = await self._make_rules(addresses)
-        # A step that takes long (compiling BPF) is followed by one that lets a signal or `ztun down` get a word in.
-        await asyncio.sleep(0)
         await self._make_parts(rules, addresses)
         await asyncio.sleep(0)
         self._capture()
@@ -168,7 +166,7 @@ class Instance:
 
     async def _make_parts(self, rules: Rules, addresses: list[machine.InterfaceAddress]) -> None:
         device = self._make_device()
-        self._make_classifier(device, rules, addresses)
+        await self._make_classifier(device, rules, addresses)
         names = self._make_names()
         sockets = platform.make_socket_factory(MARK)
         self._servers = self._choose_servers(addresses)
@@ -208,9 +206,11 @@ class Instance:
         self._routes = routes
         return device
 
-    def _make_classifier(self, device: PacketDevice, rules: Rules, addresses: list[machine.InterfaceAddress]) -> None:
+    async def _make_classifier(
+        self, device: PacketDevice, rules: Rules, addresses: list[machine.InterfaceAddress]
+    ) -> None:
         capture = self.settings.capture
-        classifier: Classifier = platform.make_classifier(
+        classifier: Classifier = await platform.make_classifier(
             capture.backend,
             device.name,
             capture.lan,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import os
@@ -9,12 +10,14 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ztun.lab.namespace import Namespace
-from ztun.platform.linux import layout, loader, make_classifier
+from ztun.platform.linux import layout, loader
+from ztun.platform.linux import make_classifier as make_classifier_async
 from ztun.platform.linux.bpfcall import attributes
 from ztun.platform.linux.bpfcall import bpf as bpf_call
 from ztun.platform.linux.capture import Capture
@@ -74,10 +77,18 @@ def frame(data: bytes, ethertype: bytes | None = None) -> bytes:
 # Programs without an interface.
 
 
+def load_now(directory: Path, programs: Iterable[str], maps: Mapping[str, tuple[int, int, str]]) -> loader.Objects:
+    return asyncio.run(loader.load(directory, programs, maps))
+
+
+def make_classifier(*arguments: Any, **options: Any) -> Any:
+    return asyncio.run(make_classifier_async(*arguments, **options))
+
+
 @cache
 def _objects() -> loader.Objects:
     """Compiled once for all tests."""
-    return loader.load(layout.find_sources(), PROGRAMS, MAPS)
+    return load_now(layout.find_sources(), PROGRAMS, MAPS)
 
 
 class Bench:

@@ -20,6 +20,7 @@ from lan_world import (
     World,
     answer_udp,
     flow_of,
+    make_classifier,
     packed,
     prefix,
     read_packet,
@@ -27,7 +28,7 @@ from lan_world import (
 )
 
 from ztun.lab.namespace import Namespace
-from ztun.platform.linux import make_classifier, sysctl
+from ztun.platform.linux import sysctl
 from ztun.platform.linux.tun import open_tun
 from ztun.ports import Verdict
 from ztun.wire import vnet

@@ -11,25 +11,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from lan_world import CLIENT4, EVERYTHING, FAR4, SERVER4, TUN, World, packed, prefix, read_packet
+from lan_world import CLIENT4, EVERYTHING, FAR4, SERVER4, TUN, World, make_classifier, packed, prefix, read_packet
 
 from ztun.errors import ConfigError, ZtunError
 from ztun.lab.namespace import wait_until
 from ztun.lab.snapshot import differences, snapshot
-from ztun.platform.linux import make_classifier, make_routes, open_device, sweep
+from ztun.platform.linux import make_routes, open_device, sweep
 from ztun.platform.linux.tun import TunDevice
 from ztun.ports import Prefix, Verdict
 
 # What a gateway does before it is killed. It says "ready" and then only keeps the heart beating.
 VICTIM = """
-import sys, time
+import asyncio, sys, time
 from ztun.platform.linux import make_classifier, make_routes, open_device
 from ztun.ports import Prefix, Verdict
 device = open_device("ztun0", 1500)
 make_routes("ztun0", mtu=1500, address="198.18.0.1/15", address6="2001:2::1/48").up()
-classifier = make_classifier(
-    sys.argv[1], "ztun0", ["lan0"], mark=1, hijack_dns=True, fail=sys.argv[2], own_addresses=[b"\\x0a\\x09\\0\\1"]
-)
+capture = {"mark": 1, "hijack_dns": True, "fail": sys.argv[2], "own_addresses": [b"\\x0a\\x09\\0\\1"]}
+classifier = asyncio.run(make_classifier(sys.argv[1], "ztun0", ["lan0"], **capture))
 everything = [Prefix(bytes(size), 0, Verdict.TUNNEL, -1) for size in (4, 16)]
 classifier.replace_rules([*everything, Prefix(b"\\x0a\\x08\\0\\x03", 32, Verdict.DIRECT, 0)])
 classifier.attach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import shutil
@@ -11,11 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from lan_world import Bench, World
+from lan_world import Bench, World, load_now, make_classifier
 
 from ztun import ports
 from ztun.errors import ConfigError, ZtunError
-from ztun.platform.linux import backends, bpfcall, layout, loader, make_classifier, open_device
+from ztun.platform.linux import backends, bpfcall, layout, loader, open_device
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.classifier import MAPS, PROGRAMS
 from ztun.platform.linux.maps import Map
@@ -59,7 +60,7 @@ def children() -> list[str]:
 def test_a_compile_error_is_one_line_with_its_place(sources: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (sources / "classify.c").write_text("int capture(struct __sk_buff *skb) { return nothing; }\n")
     with pytest.raises(ZtunError) as caught:
-        loader.load(sources, PROGRAMS, {})
+        load_now(sources, PROGRAMS, {})
     assert "main.c:1:45: error: use of undeclared identifier 'nothing'" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
@@ -68,14 +69,14 @@ def test_a_compile_error_is_one_line_with_its_place(sources: Path, capfd: pytest
 def test_what_the_verifier_dislikes_is_one_line(sources: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (sources / "classify.c").write_text("int capture(struct __sk_buff *skb) { return *(int *)(long)skb->data; }\n")
     with pytest.raises(ZtunError, match=r"not loaded: .*R1 offset is outside of the packet") as caught:
-        loader.load(sources, ["capture"], {})
+        load_now(sources, ["capture"], {})
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
 
 
 def test_the_compiler_stays_out_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BCC_KERNEL_SOURCE", "/nowhere")
-    loader.load(layout.find_sources(), ["reply"], {"clients": MAPS["clients"]}).close()
+    load_now(layout.find_sources(), ["reply"], {"clients": MAPS["clients"]}).close()
     assert "bcc" not in sys.modules
     assert "libbcc" not in Path("/proc/self/maps").read_text()
     assert os.environ["BCC_KERNEL_SOURCE"] == "/nowhere"
@@ -84,7 +85,7 @@ def test_the_compiler_stays_out_of_this_process(monkeypatch: pytest.MonkeyPatch)
 def test_nothing_is_left_of_loading_but_the_descriptors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     before = open_files()
-    objects = loader.load(layout.find_sources(), ["reply"], {"clients": MAPS["clients"]})
+    objects = load_now(layout.find_sources(), ["reply"], {"clients": MAPS["clients"]})
     added = open_files().keys() - before.keys()
     assert added == {*objects.programs.values(), *objects.maps.values()}
     assert not any(os.get_inheritable(fd) for fd in added)
@@ -99,13 +100,13 @@ def test_loading_needs_no_home_and_no_working_directory(monkeypatch: pytest.Monk
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    loader.load(layout.find_sources(), ["reply"], {}).close()
+    load_now(layout.find_sources(), ["reply"], {}).close()
 
 
 def test_a_compiler_that_aborts_is_one_line(spoil_bcc: Spoil) -> None:
     spoil_bcc("import os; os.write(2, b'LLVM ERROR: out of memory\\nStack dump:\\n'); os.abort()")
     with pytest.raises(ZtunError) as caught:
-        loader.load(layout.find_sources(), PROGRAMS, MAPS)
+        load_now(layout.find_sources(), PROGRAMS, MAPS)
     assert str(caught.value) == (
         "BPF programs not loaded: the compiler was ended by signal 6 (Aborted): LLVM ERROR: out of memory"
     )
@@ -114,7 +115,7 @@ def test_a_compiler_that_aborts_is_one_line(spoil_bcc: Spoil) -> None:
 def test_a_compiler_that_is_killed_is_one_line(spoil_bcc: Spoil) -> None:
     spoil_bcc("import os; os.kill(os.getpid(), 9)")
     with pytest.raises(ZtunError) as caught:
-        loader.load(layout.find_sources(), PROGRAMS, MAPS)
+        load_now(layout.find_sources(), PROGRAMS, MAPS)
     assert str(caught.value) == "BPF programs not loaded: the compiler was ended by signal 9 (Killed)"
 
 
@@ -123,7 +124,7 @@ def test_too_little_memory_for_the_real_compiler_is_one_line(monkeypatch: pytest
     (tmp_path / "sitecustomize.py").write_text(limit)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(ZtunError) as caught:
-        loader.load(layout.find_sources(), PROGRAMS, MAPS)
+        load_now(layout.find_sources(), PROGRAMS, MAPS)
     assert "\n" not in str(caught.value)
     assert children() == []
 
@@ -132,7 +133,7 @@ def test_a_compiler_that_hangs_is_ended(spoil_bcc: Spoil, monkeypatch: pytest.Mo
     spoil_bcc("import time; time.sleep(60)")
     monkeypatch.setattr(loader, "DEADLINE", 0.5)
     with pytest.raises(ZtunError, match=r"BPF programs not loaded: not compiled within 0\.5 s"):
-        loader.load(layout.find_sources(), PROGRAMS, MAPS)
+        load_now(layout.find_sources(), PROGRAMS, MAPS)
     assert children() == []
 
 
@@ -145,7 +146,7 @@ def test_descriptors_that_do_not_fit_are_given_back() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(before) + 10, limits[1]))
     try:
         with pytest.raises(ZtunError, match="too few file descriptors are left"):
-            loader.load(layout.find_sources(), PROGRAMS, MAPS)
+            load_now(layout.find_sources(), PROGRAMS, MAPS)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert open_files() == before
@@ -156,7 +157,7 @@ def test_descriptors_that_do_not_fit_are_given_back() -> None:
 def test_maps_of_another_layout_are_refused() -> None:
     before = open_files()
     with pytest.raises(ZtunError, match=r"BPF map clients has keys and values of \(16, 4\) bytes, not \(4, 4\)"):
-        loader.load(layout.find_sources(), [], {"clients": (4, 4, "lru_hash")})
+        load_now(layout.find_sources(), [], {"clients": (4, 4, "lru_hash")})
     assert open_files() == before
 
 
@@ -216,12 +217,12 @@ def test_auto_takes_routes_when_the_compiler_crashes(world: World, spoil_bcc: Sp
 def test_bpf_asked_for_and_not_to_be_had_is_an_error(spoil_bcc: Spoil) -> None:
     spoil_bcc("raise ModuleNotFoundError('no bcc')")
     with pytest.raises(ZtunError, match="install python3-bpfcc"):
-        backends.choose("bpf", CAPTURE)
+        asyncio.run(backends.choose("bpf", CAPTURE))
 
 
 def test_an_unknown_backend_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match=r"capture\.backend: 'xdp' is none of auto, bpf, tcx, clsact, routes"):
-        backends.choose("xdp", CAPTURE)
+        asyncio.run(backends.choose("xdp", CAPTURE))
 
 
 def test_more_prefixes_than_fit_are_refused_in_one_line() -> None:

@@ -25,7 +25,7 @@ def make_routes(
     _not_yet(f"routes of {device}")
 
 
-def make_classifier(
+async def make_classifier(
     backend: str,
     device: str,
     lan: Sequence[str],

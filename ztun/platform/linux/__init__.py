@@ -29,7 +29,7 @@ def make_routes(
     return TunRoutes(device, mtu, [one for one in (address, address6) if one], ranges)
 
 
-def make_classifier(
+async def make_classifier(
     backend: str,
     device: str,
     lan: Sequence[str],
@@ -44,7 +44,7 @@ def make_classifier(
     backend: "auto", "bpf", "tcx", "clsact" or "routes"; fail: "open" or "closed"; own_addresses: packed.
     Raises ZtunError.
     """
-    return choose(backend, Capture(device, tuple(lan), mark, hijack_dns, fail == "closed", tuple(own_addresses)))
+    return await choose(backend, Capture(device, tuple(lan), mark, hijack_dns, fail == "closed", tuple(own_addresses)))
 
 
 def make_socket_factory(mark: int) -> MarkedSockets:

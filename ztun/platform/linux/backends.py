@@ -20,7 +20,7 @@ log = structlog.get_logger("ztun.classifier")
 BACKENDS = ("auto", "bpf", "tcx", "clsact", "routes")
 
 
-def choose(backend: str, capture: Capture) -> BpfClassifier | RoutesClassifier:
+async def choose(backend: str, capture: Capture) -> BpfClassifier | RoutesClassifier:
     """Make the classifier that `capture.backend` asks for; "auto" takes the best that works here and says why.
 
     Raises ZtunError when what was asked for cannot be had.
@@ -30,7 +30,7 @@ def choose(backend: str, capture: Capture) -> BpfClassifier | RoutesClassifier:
     if backend == "routes":
         return RoutesClassifier(capture)
     try:
-        classifier = _load(backend, capture)
+        classifier = await _load(backend, capture)
     except ConfigError:
         raise
     except ZtunError as error:
@@ -45,8 +45,8 @@ def choose(backend: str, capture: Capture) -> BpfClassifier | RoutesClassifier:
     return classifier
 
 
-def _load(backend: str, capture: Capture) -> BpfClassifier:
-    objects = loader.load(layout.find_sources(), PROGRAMS, MAPS)
+async def _load(backend: str, capture: Capture) -> BpfClassifier:
+    objects = await loader.load(layout.find_sources(), PROGRAMS, MAPS)
     try:
         reason = _why_not_tcx(backend, objects, capture)
         if reason is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -37,19 +38,20 @@ class Objects(NamedTuple):
         self.maps.clear()
 
 
-def load(directory: Path, programs: Iterable[str], maps: Mapping[str, tuple[int, int, str]]) -> Objects:
-    """Compile `directory`/classify.c and load `programs` into the kernel. Blocks for about half a second.
+async def load(directory: Path, programs: Iterable[str], maps: Mapping[str, tuple[int, int, str]]) -> Objects:
+    """Compile classify.c of `directory` (absolute) and load `programs` into the kernel. Takes about half a second.
 
     maps: name -> (key size, value size in bytes, kind) of those that are wanted. Raises ZtunError with the compiler's
-    or the verifier's first complaint, or with how their process ended.
+    or the verifier's first complaint, or with how their process ended. When it is cancelled, that process is killed.
     """
-    request = json.dumps({"directory": str(directory.absolute()), "programs": list(programs), "maps": list(maps)})
+    request = json.dumps({"directory": str(directory), "programs": list(programs), "maps": list(maps)})
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # Not a pipe, which a talkative compiler could fill, and no file that somebody would have to remove.
     with ours, os.fdopen(os.memfd_create("ztun-bpf"), "w+b") as said:
         with theirs:
             child = _start(request, theirs, said)
         with _ended(child):
+            await _readable(ours)
             answer, descriptors = _receive(ours, child)
         objects = _name(answer, descriptors)
         if objects is None:
@@ -84,16 +86,27 @@ def _ended(child: subprocess.Popen[bytes]) -> Iterator[None]:
         child.wait()
 
 
-def _receive(ours: socket.socket, child: subprocess.Popen[bytes]) -> tuple[dict[str, Any], list[int]]:
-    """The child's answer; {} when it ended without one. Raises ZtunError when it takes too long."""
-    ours.settimeout(DEADLINE)
+async def _readable(sock: socket.socket) -> None:
+    """Wait for a message or the other side's end. Raises ZtunError after DEADLINE."""
+    loop = asyncio.get_running_loop()
+    is_readable = asyncio.Event()
+    loop.add_reader(sock, is_readable.set)
     try:
-        # socket.recv_fds() of Python 3.11 forgets to hand its flags on.
-        data, passed, _, _ = ours.recvmsg(_ANSWER_SIZE, socket.CMSG_SPACE(_MOST_BYTES), socket.MSG_CMSG_CLOEXEC)
-        if not data:
-            child.wait(DEADLINE)  # how it ended is all that is left to know
-    except (TimeoutError, subprocess.TimeoutExpired) as error:
+        async with asyncio.timeout(DEADLINE):
+            await is_readable.wait()
+    except TimeoutError as error:
         raise ZtunError(f"{_FAILED}: not compiled within {DEADLINE:g} s") from error
+    finally:
+        loop.remove_reader(sock)
+
+
+def _receive(ours: socket.socket, child: subprocess.Popen[bytes]) -> tuple[dict[str, Any], list[int]]:
+    """The child's answer; {} when it ended without one."""
+    # socket.recv_fds() of Python 3.11 forgets to hand its flags on.
+    data, passed, _, _ = ours.recvmsg(_ANSWER_SIZE, socket.CMSG_SPACE(_MOST_BYTES), socket.MSG_CMSG_CLOEXEC)
+    if not data:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(1)  # how it ended is all that is left to know
     descriptors = array("i", b"".join(item for _, _, item in passed))
     return json.loads(data or "{}"), descriptors.tolist()
 
