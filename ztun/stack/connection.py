@@ -227,12 +227,12 @@ class Connection:
         self.tx.transmit(now)
 
     def abort(self, now: float, how: Closed = Closed.ABORTED) -> None:
-        """Reset the connection."""
+        """Reset the connection. Without a RST when both ends have closed and all is said (RFC 9293 section 3.10.5)."""
         if self.state is State.CLOSED:
             return
         if self.state is State.DIALING:
             self._emit_reset(0, self.rx.nxt)
-        else:
+        elif self.tx.unsent() or self.state not in (State.CLOSING, State.LAST_ACK):
             self._emit_reset(self.tx.nxt, self.rx.nxt)
         self._finish(how, now)
 
@@ -251,31 +251,44 @@ class Connection:
         if self.state is State.DIALING or self.state is State.CLOSED:
             self._receive_while_dialing(seq, bits, options, now)
             return False
+        if not bits & (ACK | RST | SYN):
+            self.stack.drop("tcp-flags")
+            return False
         seq = unwrap(seq, self.rx.nxt)
         length = end - payload
         if not self._stamps_pass(options, bits, length, now) or not self._is_acceptable(seq, length, bits, now):
             return False
-        if options.timestamps is not None and seq <= self.last_ack_sent:  # RFC 7323 section 5.3 R3
-            self.stamp_recent = options.timestamps[0]
-            self._stamp_recent_at = now
         self.last_heard = now
         self._probes = 0
-        if bits & ACK == 0 or not self._take_ack(unwrap(ack, self.tx.una), seq, bits, window, length, options, now):
+        if not self._take_ack(unwrap(ack, self.tx.una), seq, bits, window, length, options, now):
             return False
         if self.is_closed:
             return False
         rx = self.rx
-        if rx.fin is not None:
-            length = min(length, rx.fin - seq)
+        if bits & FIN and (rx.fin is None or seq + length < rx.fin):
+            rx.fin = seq + length  # of several, the one that is reached first counts
+            rx.reassembly.cut(rx.fin)
+        if rx.fin is not None and length and seq + length > rx.fin:
+            length = self._cut_after_fin(seq, now)
         kept = length > 0 and self._take_data(seq, packet[payload : payload + length], now)
-        if bits & FIN:
-            if rx.fin is None:
-                rx.fin = seq + length
-            if rx.fin > rx.nxt and length <= 0:
+        if rx.fin is not None:
+            if rx.fin == rx.nxt:
+                self._take_fin(now)
+            elif bits & FIN and length == 0 and rx.fin > rx.nxt:
                 self._emit_ack(now)
-        if rx.fin == rx.nxt:
-            self._take_fin(now)
         return kept
+
+    def _cut_after_fin(self, seq: int, now: float) -> int:
+        """Nothing comes after a FIN (RFC 9293 section 3.10.7.4, seventh check). Returns how many bytes lie before it,
+        or -1 for none."""
+        rx = self.rx
+        assert rx.fin is not None
+        self.stack.drop("tcp-after-fin")
+        if seq < rx.fin:
+            return rx.fin - seq
+        if rx.nxt <= rx.fin:
+            self._emit_ack(now)  # there is a gap before the FIN
+        return -1
 
     def _options(self, packet: memoryview, start: int, payload: int) -> tcp.Options:
         if payload - start == 32:
@@ -321,7 +334,7 @@ class Connection:
             self._take_reset(seq, acceptable, now)
             return False
         if bits & SYN:
-            if self.state is State.SYN_RECEIVED and seq == self.rx.nxt - 1:
+            if self.state is State.SYN_RECEIVED and seq == self.rx.nxt - 1 and not bits & ACK:
                 self._send_syn_ack(now)
             else:
                 self._challenge(now)
@@ -336,7 +349,9 @@ class Connection:
         return False
 
     def _take_reset(self, seq: int, acceptable: bool, now: float) -> None:
-        if seq == self.rx.nxt:
+        rx = self.rx
+        # macOS resets a connection that it has just closed with the number of its FIN, and is slow to answer challenges.
+        if seq == rx.nxt or (seq == rx.fin and rx.nxt > seq):
             self._finish(Closed.RESET_BY_CLIENT, now)
         elif acceptable:
             self._challenge(now)
@@ -358,10 +373,15 @@ class Connection:
                 self._emit_reset(ack, None)
                 return False
             self._establish(seq, ack, now)
-        elif ack > tx.nxt or ack < tx.una - max(tx.wnd, 1 << 16):
+        elif ack > tx.nxt or ack < max(tx.una - max(tx.wnd, 1 << 16), self.iss + 1):
             self.stack.drop("tcp-ack")
             self._challenge(now)
             return False
+        # RFC 7323 section 5.3 R3, but after the ACK was believed: whoever guesses a place in the window only shall not
+        # poison what is compared with.
+        if options.timestamps is not None and seq <= self.last_ack_sent:
+            self.stamp_recent = options.timestamps[0]
+            self._stamp_recent_at = now
         before = tx.wnd
         una = tx.una
         empty = length == 0 and not bits & FIN
@@ -526,6 +546,7 @@ class Connection:
             )
         )
         window = min(self.rx.window(), 0xFFFF)
+        self.rx.edge = self.rx.nxt + window  # the window of a SYN is never scaled (RFC 7323 section 2.2)
         self.stack.outbox.append((self.header.pack(self.iss, self.rx.nxt, SYN | ACK, window, options, 0),))
         if self._syn_at is None:
             self._opened_at = now

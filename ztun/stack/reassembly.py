@@ -74,6 +74,14 @@ class Reassembly:
                 return memoryview(data)[next_sequence - start :]
         return None
 
+    def cut(self, end: int) -> None:
+        """Let go of everything from `end` on."""
+        while self._pieces and self._pieces[-1][1] > end:
+            start, _, data = self._pieces.pop()
+            if start < end:
+                self._pieces.append((start, end, data[: end - start]))
+        self._ranges.discard_from(end)
+
     def sack_blocks(self, limit: int) -> list[tuple[int, int]]:
         """Up to `limit` ranges for the SACK option, those with the latest arrivals first (RFC 2018 section 4)."""
         blocks: list[tuple[int, int]] = []

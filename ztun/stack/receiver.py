@@ -67,7 +67,9 @@ class Receiver:
         if seq == self.nxt:
             return True
         if length == 0:
-            return self.nxt <= seq < self.edge
+            # One further than RFC 9293 has it: that is where the ACKs of a client come from that has filled our window
+            # and lost something of it, and they must count.
+            return self.nxt <= seq <= self.edge
         return seq < self.edge and seq + length > self.nxt
 
     def count(self, length: int) -> None:

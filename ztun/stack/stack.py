@@ -229,7 +229,7 @@ class Stack:
             return
         if bits & tcp.FIN and (seq + length + 1 - waiting.expected) & MASK == 0:
             self._time_wait.restart(key, now)
-        elif seq == waiting.expected & MASK and not length and not bits & tcp.SYN:
+        elif seq == waiting.expected & MASK and not length and not bits & (tcp.SYN | tcp.FIN):
             return  # a plain ACK as it should be; answering it would go on for ever if the client did the same
         self.outbox.append((self._time_wait.acknowledgment(key, now),))
 
