@@ -296,7 +296,11 @@ def transfer(
     client: Client, weather: Weather, seed: str, down: bytes, up: bytes, limit: float, **options: object
 ) -> Outcome:
     """Shake hands over a good link, then let it rain: send `down` and `up` at once, FIN both ways."""
-    app = client.connects(wscale=7, **options)
+    client.opens(wscale=7, **options)
+    client.stamps = "ts" in client.hears(SYN | ACK).options
+    client.waits(2 * weather.delay)
+    client.says(ACK)
+    app = client.app
     clock = Clock(client.net)
     far = FarEnd(client, clock, weather, seed, up)
     began = client.net.now

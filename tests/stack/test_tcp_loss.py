@@ -125,13 +125,53 @@ def test_after_a_time_out_what_arrives_is_not_sent_again(client: Client) -> None
 
 def test_sack_after_a_time_out_saves_what_is_there(client: Client) -> None:
     sending(client, 10, sack_ok=True)
-    client.waits(0.2)
+    client.waits(0.205)
+    client.hears(ACK, seq=9001, size=1000)  # the tail loss probe was lost, too
     client.hears(ACK, seq=1, size=1000)
     client.acknowledges(1001, sack=((3001, 9001),))
     client.hears(ACK, seq=1001, size=2000)
     client.acknowledges(9001)
     client.hears(ACK, seq=9001, size=1000)
     client.acknowledges(10001)
+
+
+def test_a_lost_tail_is_probed_before_the_timer(client: Client) -> None:
+    """RFC 8985 section 7: the last segment again, two round trips after it; its SACK tells what is missing."""
+    sending(client, 10, sack_ok=True)
+    client.conn.tx.rtt.sample(0.02)
+    client.acknowledges(6001)
+    client.waits(0.01)
+    client.hears(ACK, seq=9001, size=1000)
+    client.acknowledges(6001, sack=((9001, 10001),))
+    client.hears(ACK, seq=6001, size=1000)
+    client.hears(ACK, seq=7001, size=1000)
+    client.acknowledges(8001, sack=((9001, 10001),))
+    client.hears(ACK, seq=8001, size=1000)
+    client.acknowledges(10001)
+    client.waits(10)
+    client.hears_nothing()
+
+
+def test_a_single_segment_may_be_acknowledged_late(client: Client) -> None:
+    app = client.connects(sack_ok=True)
+    client.conn.tx.rtt.sample(0.3)
+    app.sends(b"question")
+    client.hears(ACK, b"question")
+    client.waits(0.2 + 2 * client.conn.tx.rtt.srtt - 0.001)
+    client.hears_nothing()
+    client.waits(0.001)
+    client.hears(ACK, b"question", seq=1)
+    client.acknowledges()
+
+
+def test_one_probe_then_the_timer(client: Client) -> None:
+    sending(client, 10, sack_ok=True)
+    client.waits(0.005)
+    client.hears(ACK, seq=9001, size=1000)
+    client.waits(0.199)
+    client.hears_nothing()
+    client.waits(0.001)
+    client.hears(ACK, seq=1, size=1000)
 
 
 def test_the_client_may_renege(client: Client) -> None:
@@ -195,20 +235,78 @@ def test_a_partial_ack_brings_the_next_hole_at_once(client: Client) -> None:
     client.hears_nothing()
 
 
-def test_more_duplicates_let_new_data_go(client: Client) -> None:
-    """RFC 5681 section 3.2 step 4: each says that a segment has left the network."""
+def test_duplicates_let_new_data_go(client: Client) -> None:
+    """The first two before loss is certain (RFC 3042), more of them in recovery (RFC 5681 section 3.2 step 4)."""
     app = sending(client, 10)
     app.unsent += bytes(20000)
-    for _ in range(5):
+    for seq in (10001, 11001):
         client.acknowledges(1)
+        client.hears(ACK, seq=seq, size=1000)
+    client.acknowledges(1)
     client.hears(ACK, seq=1, size=1000)
-    client.hears_nothing()  # window 5, and 5 of 10 are under way
-    for seq in (10001, 11001, 12001):
+    for _ in range(3):  # window 6, and 12 - 3 are under way
+        client.acknowledges(1)
+        client.hears_nothing()
+    for seq in (12001, 13001):
         client.acknowledges(1)
         client.hears(ACK, seq=seq, size=1000)
 
 
+def test_duplicates_of_what_was_sent_again_for_nothing_are_no_loss(client: Client) -> None:
+    """RFC 6582 section 3.2 step 1: only what is beyond the last recovery can be lost anew."""
+    app = sending(client, 10)
+    client.waits(0.2)  # too early, all was only late
+    client.hears(ACK, seq=1, size=1000)
+    client.acknowledges(10001)
+    app.sends(bytes(1000))
+    client.hears(ACK, seq=10001)
+    for _ in range(4):
+        client.acknowledges(10001)
+    client.hears_nothing()
+
+
+def test_a_short_flight_needs_fewer_duplicates(client: Client) -> None:
+    """RFC 5827: three segments and nothing to follow give two duplicates at most."""
+    sending(client, 3)
+    client.acknowledges(1)
+    client.hears_nothing()
+    client.acknowledges(1)
+    client.hears(ACK, seq=1, size=1000)
+    client.acknowledges(3001)
+
+
 # With SACK.
+
+
+def test_a_short_flight_needs_less_sack(client: Client) -> None:
+    sending(client, 3, sack_ok=True)
+    client.acknowledges(1, sack=((2001, 3001),))
+    client.hears_nothing()
+    client.acknowledges(1, sack=((1001, 3001),))
+    client.hears(ACK, seq=1, size=1000)
+    client.acknowledges(3001)
+
+
+def test_a_retransmission_that_is_lost_too_is_noticed(client: Client) -> None:
+    """By what was sent after it and arrives, without waiting for the timer."""
+    app = sending(client, 20, sack_ok=True)
+    app.unsent += bytes(20000)
+    client.acknowledges(1, sack=((1001, 20001),))
+    client.hears(ACK, seq=1, size=1000)
+    data = client.hears_all()
+    client.acknowledges(1, sack=((1001, 20001 + len(data)),))
+    client.hears(ACK, seq=1, size=1000)
+    client.hears_all()
+
+
+def test_a_retransmission_among_others_that_is_lost_too_is_noticed(client: Client) -> None:
+    sending(client, 20, sack_ok=True)
+    client.acknowledges(1, sack=((1001, 9001), (10001, 20001)))
+    client.hears(ACK, seq=1, size=1000)
+    client.hears(ACK, seq=9001, size=1000)
+    client.acknowledges(1, sack=((1001, 20001),))
+    client.hears(ACK, seq=1, size=1000)
+    client.acknowledges(20001)
 
 
 def test_sack_of_more_than_two_segments_is_loss(client: Client) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ztun.stack.header import FlowHeader
 from ztun.stack.receiver import Receiver
-from ztun.stack.sender import Recovery, Sender
+from ztun.stack.sender import Sender
 from ztun.stack.state import Closed, State
 from ztun.stack.timers import NEVER
 from ztun.wire import ip, tcp
@@ -397,8 +397,7 @@ class Connection:
         if ack > una or tx.flight() or before != tx.wnd:
             tx.acknowledge(ack, empty, before == tx.wnd, sack, now)
             if self.state is State.ESTABLISHED or self.state is State.CLOSE_WAIT:
-                # In recovery a duplicate makes room, too.
-                if self.handler is not None and (ack > una or tx.wnd > before or tx.recovery is not Recovery.NONE):
+                if self.handler is not None and (ack > una or tx.wnd > before or tx.has_holes()):
                     self.handler.writable(now)
             else:
                 self._acknowledged_fin(now)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ztun.stack.connection import Connection
 
 _DUPLICATE_THRESHOLD = 3
+_MAX_ACK_DELAY = 0.2  # of a client, in seconds (RFC 8985 section 7.2)
+_TICK = 0.005  # for what a busy machine takes to answer
 _MAX_RANGES = 2048  # of the SACK scoreboard; only an attacker needs more (compare CVE-2019-11477)
 
 
@@ -41,9 +43,10 @@ class Sender:
     """una: oldest unacknowledged; nxt: next to send; wnd: the peer's window; mss: payload of a full segment."""
 
     __slots__ = (
-        "_conn", "_duplicates", "_entered_at", "_limited", "_lost", "_marked_until", "_max_wnd", "_probing", "_recover",
-        "_resent", "_timed_at", "_timed_seq", "_wl1", "_wl2", "cc", "fin_queued", "largest", "last_send", "limit", "mss",
-         "nxt", "queue", "recovery", "retransmits", "retries", "rto_at", "rtt", "sacked", "una", "wnd",
+        "_conn", "_duplicates", "_entered_at", "_last_step", "_limited", "_lost", "_marked_until", "_max_wnd",
+        "_probing", "_recover", "_resent", "_tail_probe", "_tail_probed", "_timed_at", "_timed_seq", "_wl1", "_wl2",
+        "cc", "fin_queued", "largest", "last_send", "limit", "mss", "nxt", "queue", "recovery", "retransmits",
+        "retries", "rto_at", "rtt", "sacked", "una", "wnd",
     )  # fmt: skip
 
     def __init__(self, conn: Connection, first: int, mss: int) -> None:
@@ -68,11 +71,14 @@ class Sender:
         self.last_send = 0.0
         self._wl1 = self._wl2 = 0
         self._duplicates = 0
-        self._recover = first
+        self._recover = first - 1
         self._entered_at = 0.0
+        self._last_step = 0  # how far the latest new ACK went
         self._lost = RangeSet()  # what is believed lost and was not sent again since
         self._marked_until = first  # below, it was decided once already what is lost
         self._resent: deque[_Resent] = deque()  # retransmissions under way, in the order they were sent
+        self._tail_probe = False  # rto_at is the time of a tail loss probe
+        self._tail_probed = False  # one was sent since the last progress
         self._timed_seq: int | None = None
         self._timed_at = 0.0
         self._limited = False  # the congestion window, not the application, held data back
@@ -88,8 +94,8 @@ class Sender:
         if self.fin_queued:
             return 0
         queued = self.queue.end - self.una
-        if self.recovery is not Recovery.NONE:
-            return self._room_in_recovery(queued)
+        if self.has_holes():
+            return self._room_beside_holes(queued)
         window = min(self.cc.cwnd, self.wnd, self.limit)
         room = window - queued
         if room >= self.largest:
@@ -99,11 +105,16 @@ class Sender:
             return 0 if queued else self.mss
         return 0 if queued and room < window // 4 else room - room % self.mss
 
-    def _room_in_recovery(self, queued: int) -> int:
-        """New data keeps the ACKs coming when there is nothing left to retransmit (RFC 6675 section 4, NextSeg 2)."""
+    def has_holes(self) -> bool:
+        """The peer misses something, as far as its ACKs can tell: each of them may make room, also one that repeats."""
+        return bool(self.recovery is not Recovery.NONE or self.sacked or self._duplicates)
+
+    def _room_beside_holes(self, queued: int) -> int:
+        """New data keeps the ACKs coming before loss is certain (RFC 3042) and when there is nothing left to
+        retransmit (RFC 6675 section 4, NextSeg 2)."""
         unsent = self.queue.end - self.nxt
         room = min(self.cc.cwnd - self._pipe() - unsent, self.wnd - queued, self.limit - queued, self.largest)
-        return room if room >= self.mss else 0
+        return max(room - room % self.mss, 0)
 
     def push(self, data: memoryview, owner: memoryview | None, now: float) -> None:
         """Queue bytes and send what the windows allow."""
@@ -122,7 +133,7 @@ class Sender:
         if self.recovery is not Recovery.NONE:
             self._transmit_in_recovery(now)
         else:
-            while self._send_new(min(self.cc.cwnd, self.wnd) - self.flight(), now):
+            while self._send_new(min(self.cc.cwnd - self._pipe(), self.wnd - self.flight()), now):
                 pass
         if self.rto_at is None and self.unsent() > 0:
             self._arm(now)  # a closed window: the timer becomes the persist timer (RFC 9293 section 3.8.6.1)
@@ -176,7 +187,26 @@ class Sender:
             self._arm(now)
 
     def _arm(self, now: float) -> None:
-        self.rto_at = now + self.rtt.rto
+        """Set the timer: for a tail loss probe where that is possible and sooner, else for retransmission."""
+        rtt = self.rtt
+        wait = rtt.rto
+        self._tail_probe = False
+        if (
+            rtt.srtt is not None
+            and not rtt.backed_off
+            and not self._tail_probed
+            and self.recovery is Recovery.NONE
+            and self._conn.sack_permitted
+            and self.wnd
+            and self.flight()
+            and not self.sacked
+        ):
+            # RFC 8985 section 7.2; a single segment's ACK may be delayed.
+            probe = 2 * rtt.srtt + (_MAX_ACK_DELAY if self.flight() <= self.mss else _TICK)
+            if probe < wait:
+                wait = probe
+                self._tail_probe = True
+        self.rto_at = now + wait
         self._conn.arm(self.rto_at)
 
     # What the peer says.
@@ -222,7 +252,7 @@ class Sender:
         return self.sacked.total > before
 
     def _advance(self, ack: int, now: float) -> None:
-        count = ack - self.una
+        count = self._last_step = ack - self.una
         flight = self.nxt - self.una
         if self._timed_seq is not None and ack >= self._timed_seq:
             self.rtt.sample(now - self._timed_at)
@@ -240,9 +270,11 @@ class Sender:
                 self._limited = False
         else:
             self._advance_in_recovery(ack, count, now)
-        self.rto_at = now + self.rtt.rto if self.nxt > ack or self.unsent() > 0 else None
-        if self.rto_at is not None:
-            self._conn.arm(self.rto_at)
+        self._tail_probed = False
+        if self.nxt > ack or self.unsent() > 0:
+            self._arm(now)
+        else:
+            self.rto_at = None
 
     def _advance_in_recovery(self, ack: int, count: int, now: float) -> None:
         if ack >= self._recover:
@@ -270,16 +302,29 @@ class Sender:
     # Loss recovery.
 
     def _is_loss(self) -> bool:
-        """IsLost of the first unacknowledged byte (RFC 6675 section 4), not within a recovery (RFC 6582 section 4)."""
-        if self._duplicates >= _DUPLICATE_THRESHOLD or self._lost:
+        """IsLost of the first unacknowledged byte: RFC 6675 section 4 with SACK, RFC 6582 section 3.2 without."""
+        if not self._conn.sack_permitted:
+            # Duplicates up to here may answer retransmissions that were not needed; then the ACK jumped (section 4.1).
+            sure = self.una > self._recover or self._last_step <= 4 * self.mss
+            there = self._duplicates * self.mss if sure else 0
+        elif self._duplicates >= _DUPLICATE_THRESHOLD or self._lost:
             return True
-        return self.sacked.total > (_DUPLICATE_THRESHOLD - 1) * self.mss
+        else:
+            there = self.sacked.total
+        if there > (_DUPLICATE_THRESHOLD - 1) * self.mss:
+            return True
+        if self._tail_probed and self.sacked and self.sacked.highest == self.nxt:
+            return True  # the end has arrived, by a probe or at last, and what is before it has not
+        # With less than four segments in flight and nothing to follow there cannot be more duplicates (RFC 5827).
+        flight = self.flight()
+        return self.mss < flight < 4 * self.mss and not self.unsent() and there > 0 and there >= flight - self.mss
 
     def _enter_fast_recovery(self, now: float) -> None:
+        known = self.sacked.highest if self._tail_probed and self.sacked else self.una + self.mss
         self.cc.loss(self.flight())
         self._begin_recovery(Recovery.FAST, now)
         if self._conn.sack_permitted:
-            self._mark_until(min(self.una + self.mss, self.nxt))
+            self._mark_until(min(known, self.nxt))
             self._mark_lost(now)
         else:
             self._lost.add(self.una, min(self.una + self.mss, self.nxt))
@@ -289,7 +334,7 @@ class Sender:
         self.recovery = recovery
         self._recover = self.nxt
         self._entered_at = now
-        self._timed_seq = None
+        self._tail_probed = False
 
     def _mark_lost(self, now: float) -> None:
         """Everything below the last two segments' worth of SACKed bytes is lost (RFC 6675, IsLost)."""
@@ -340,7 +385,7 @@ class Sender:
     def _pipe(self) -> int:
         """An estimate of the bytes still in the network (RFC 6675, SetPipe)."""
         pipe = self.flight() - self.sacked.total - self._lost.total
-        if self.recovery is Recovery.FAST and not self._conn.sack_permitted:
+        if self._duplicates and self.recovery is not Recovery.LOSS and not self._conn.sack_permitted:
             pipe -= self._duplicates * self.mss  # each says that one segment has left the network
         return max(pipe, 0)
 
@@ -372,6 +417,9 @@ class Sender:
     def timed_out(self, now: float) -> bool:
         """The retransmission (or persist) timer expired. False when the peer is given up."""
         self.rto_at = None
+        if self._tail_probe:
+            self._probe_tail(now)
+            return True
         self.retries += 1
         if self.retries > self._conn.stack.settings.data_retries:
             return False
@@ -381,6 +429,13 @@ class Sender:
         else:
             self._probe(now)
         return True
+
+    def _probe_tail(self, now: float) -> None:
+        """Send the next segment, or the last one again, so that the ACK tells what is missing (RFC 8985 section 7)."""
+        self._tail_probed = True
+        if not self._send_new(min(self.mss, self.wnd - self.flight()), now):
+            start = max(self.una, self.nxt - self.mss)
+            self._send(start, self.nxt - start, now)
 
     def _probe(self, now: float) -> None:
         """One octet into a shut window, what fits into a silly one (RFC 9293 sections 3.8.6.1 and 3.8.6.2.1)."""
