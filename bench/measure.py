@@ -1,4 +1,7 @@
-"""How each cell of the table is measured. Every function loads the subject that is active, and returns numbers."""
+"""How each cell of the table is measured. Every function loads the subject that is active.
+
+They put what they measure into `cells`, and raise RuntimeError for the rest.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +41,8 @@ class Run(NamedTuple):
         return plan.SITE6 if self.ipv6 else plan.SITE4
 
 
-def throughput(run: Run) -> Cells:
+def throughput(run: Run, cells: Cells) -> None:
     """iperf3, and the CPU time of the subject's process over the same runs, per direction."""
-    cells: Cells = {}
     for direction in ("up", "down"):
         spent, moved = 0.0, 0.0
         for flows in (1, 8):
@@ -51,7 +53,6 @@ def throughput(run: Run) -> Cells:
             cells[f"{flows} flow{'s' * (flows > 1)} {direction}"] = rate
         if run.pid is not None:
             cells[f"CPU {direction}"] = spent / moved
-    return cells
 
 
 def _iperf(run: Run, flows: int, direction: str) -> float:
@@ -75,16 +76,16 @@ def _iperf(run: Run, flows: int, direction: str) -> float:
     return float(answer["end"]["sum_received"]["bits_per_second"]) / 1e9
 
 
-def requests(run: Run) -> Cells:
-    return {"requests": _wrk(run, 32)[0]}
+def requests(run: Run, cells: Cells) -> None:
+    cells["requests"] = _wrk(run, 32)[0]
 
 
-def connections(run: Run) -> Cells:
-    return {"connections": _wrk(run, 32, "-H", "Connection: close")[0]}
+def connections(run: Run, cells: Cells) -> None:
+    cells["connections"] = _wrk(run, 32, "-H", "Connection: close")[0]
 
 
-def latency(run: Run) -> Cells:
-    return {"latency": _wrk(run, 1)[1]}
+def latency(run: Run, cells: Cells) -> None:
+    cells["latency"] = _wrk(run, 1)[1]
 
 
 def _wrk(run: Run, clients: int, *arguments: str) -> tuple[float, float]:
@@ -103,8 +104,9 @@ def _wrk(run: Run, clients: int, *arguments: str) -> tuple[float, float]:
     return float(rate[1]), float(median[1]) * {"us": 1, "ms": 1e3, "s": 1e6}[median[2]]
 
 
-def udp(run: Run) -> Cells:
-    return {f"UDP {direction}": _datagrams(run, direction) for direction in ("up", "down")}
+def udp(run: Run, cells: Cells) -> None:
+    for direction in ("up", "down"):
+        cells[f"UDP {direction}"] = _datagrams(run, direction)
 
 
 def _datagrams(run: Run, direction: str) -> float:
@@ -117,13 +119,15 @@ def _datagrams(run: Run, direction: str) -> float:
     return float(result["delivered"] / result["seconds"] / 1e3)
 
 
-def memory(run: Run) -> Cells:
+def memory(run: Run, cells: Cells) -> None:
     """Memory of the subject's process with more and more idle flows, and the time each took to open."""
     if run.pid is None:
-        return {}
-    cells: Cells = {"memory idle": memory_of(run.pid)["Rss"]}
+        return
+    cells["memory idle"] = memory_of(run.pid)["Rss"]
     argv = [sys.executable, "-m", "bench.flows", *map(str, FLOW_STEPS)]
-    process = run.lab.client.spawn(*argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = run.lab.client.spawn(
+        *argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
     try:
         for step, line in zip(FLOW_STEPS, _lines(process), strict=True):
             time.sleep(_SETTLE)
@@ -138,16 +142,17 @@ def memory(run: Run) -> Cells:
         process.wait()
     last = FLOW_STEPS[-1]
     cells["per flow"] = (cells[f"memory {last}"] - cells["memory idle"]) * _MEGABYTE / 1e3 / last
-    return cells
 
 
 def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
+    """A line per step; asks for the next when the caller is back. Raises RuntimeError with the client's last words."""
     assert process.stdin is not None
     assert process.stdout is not None
-    for _ in FLOW_STEPS:
+    for step in FLOW_STEPS:
         line = process.stdout.readline()
-        if not line:
-            raise RuntimeError("the client of idle flows ended early")
+        if not line.startswith("{"):
+            words = [line, *process.stdout.read().splitlines()]
+            raise RuntimeError(f"on the way to {step} flows: {words[-1].strip() or 'no output'}")
         yield line
         process.stdin.write("\n")
         process.stdin.flush()

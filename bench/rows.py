@@ -11,7 +11,7 @@ from bench.measure import Cells, Run, connections, latency, memory, requests, th
 class Row(NamedTuple):
     """What `--rows` names: a measurement, the proxy it goes through, and how its lines are judged."""
 
-    measure: Callable[[Run], Cells]
+    measure: Callable[[Run, Cells], None]
     proxy: str
 
 
