@@ -259,7 +259,8 @@ class Instance:
             for outbound in self.settings.outbounds
         ]
         sockets = platform.make_socket_factory(MARK)
-        outbounds = make_outbounds(specs, sockets, self.settings.timeouts.dial, dns.resolve)
+        interval = round(self.settings.pool.keepalive_interval)
+        outbounds = make_outbounds(specs, sockets, self.settings.timeouts.dial, dns.resolve, interval)
         for outbound in outbounds.values():
             self._undo.push(f"outbound {outbound.tag}", outbound.close)
         return outbounds

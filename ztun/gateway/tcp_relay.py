@@ -15,6 +15,7 @@ _COPY_BELOW = 8192
 _READS = 8  # of one flow before the others get their turn
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _MAX_VECTORS = 64
+_NOTHING: deque[memoryview] = deque()  # shared: an empty deque is 600 bytes, and most flows never wait
 
 
 class TcpRelay:
@@ -37,7 +38,7 @@ class TcpRelay:
         self._sock = sock
         self._fd = sock.fileno()  # asyncio formats a socket object for every one it does not know yet
         self._on_closed = on_closed
-        self._pending: deque[memoryview] = deque()
+        self._pending = _NOTHING
         self._pending_size = 0
         self._reading = False
         self._writing = False
@@ -72,6 +73,8 @@ class TcpRelay:
 
     def _keep(self, payload: memoryview) -> None:
         size = len(payload)
+        if not self._pending:
+            self._pending = deque()
         self._pending.append(payload if size >= _COPY_BELOW else memoryview(bytes(payload)))
         self._pending_size += size
         if not self._writing:
@@ -196,7 +199,7 @@ class TcpRelay:
 
     def _upstream_broken(self, now: float) -> None:
         """Reset from upstream: the client gets one too."""
-        self._pending.clear()
+        self._pending = _NOTHING
         if self._conn.is_closed:
             self._release()
         else:
@@ -212,6 +215,6 @@ class TcpRelay:
         self._upstream_done = True
         self._stop_reading()
         self._stop_writing()
-        self._pending.clear()
+        self._pending = _NOTHING
         self._sock.close()
         self._on_closed(self)

@@ -22,7 +22,7 @@ log = structlog.get_logger("ztun.udp")
 
 _MAX_WAITING = 32  # datagrams of a session while its link is being opened
 _MAX_PEERS = 1024  # destinations that one session remembers
-_QUOTE = 576
+_QUOTE = 128  # bytes of a packet that are kept to be quoted: its headers and some payload (RFC 792 asks for 8)
 
 
 class Peer(NamedTuple):
@@ -39,18 +39,19 @@ class UdpSession:
         self.client = client
         self.outbound = outbound
         self.last_used = now
-        self.quote = b""  # the latest packet, for an ICMP error
+        self.quote = b""  # the latest packet, for an ICMP error about the whole session
         self.fakes: set[bytes] = set()
         self._relay = relay
         self._link: DatagramLink | None = None
         self._waiting: list[tuple[Destination, bytes]] = []
         self._sent: dict[Destination, Peer] = {}
+        self._quotes: dict[Destination, bytes] = {}
         self._seen: dict[tuple[str, int], Peer] = {}
         self._task = relay.engine.loop.create_task(self._open())
 
     async def _open(self) -> None:
         try:
-            self._link = await self.outbound.open_datagrams(self._received, self._failed)
+            self._link = await self.outbound.open_datagrams(self._received, self._failed, self._unreachable)
         except OutboundError as error:
             self._failed(error)
             return
@@ -60,13 +61,13 @@ class UdpSession:
 
     def send(self, datagram: Datagram, destination: Destination, now: float) -> None:
         self.last_used = now
-        if self._sent.get(destination) is None and len(self._sent) < _MAX_PEERS:
+        self.quote = bytes(datagram.packet[:_QUOTE])
+        if destination in self._sent or len(self._sent) < _MAX_PEERS:
             self._sent[destination] = Peer(datagram.destination, datagram.destination_port)
+            self._quotes[destination] = self.quote
         if self._link is not None:
-            self.quote = bytes(datagram.packet[:_QUOTE])
             self._forward(destination, datagram.payload)
         elif len(self._waiting) < _MAX_WAITING:
-            self.quote = bytes(datagram.packet[:_QUOTE])
             self._waiting.append((destination, bytes(datagram.payload)))
         else:
             self._relay.engine.stack.drop("udp-waiting")
@@ -76,7 +77,10 @@ class UdpSession:
         try:
             self._link.send(destination, payload)
         except OutboundError as error:
-            self._relay.tell(self, error)
+            self._unreachable(destination, error)
+
+    def _unreachable(self, destination: Destination, error: OutboundError) -> None:
+        self._relay.tell(self, self._quotes.get(destination, b""), error)
 
     def _received(self, host: str, port: int, payload: Buffer) -> None:
         relay = self._relay
@@ -111,7 +115,7 @@ class UdpSession:
         return peer
 
     def _failed(self, error: OutboundError) -> None:
-        self._relay.tell(self, error)
+        self._relay.tell(self, self.quote, error)
         self._relay.forget(self)
 
     def close(self) -> None:
@@ -178,11 +182,11 @@ class UdpRelay:
             self._names.acquire(datagram.destination)
         return session
 
-    def tell(self, session: UdpSession, error: OutboundError) -> None:
-        """Answer the client's latest datagram with what went wrong."""
+    def tell(self, session: UdpSession, quote: bytes, error: OutboundError) -> None:
+        """Answer the client's datagram that begins with `quote` with what went wrong."""
         log.debug("datagram not delivered", outbound=session.outbound.tag, reason=error.failure.value)
-        if session.quote:
-            self.engine.stack.send_unreachable(session.quote, UDP_ANSWER[error.failure], self.engine.now())
+        if quote:
+            self.engine.stack.send_unreachable(quote, UDP_ANSWER[error.failure], self.engine.now())
             self.engine.send()
 
     def forget(self, session: UdpSession) -> None:

@@ -350,7 +350,7 @@ class Connection:
 
     def _take_reset(self, seq: int, acceptable: bool, now: float) -> None:
         rx = self.rx
-        # macOS resets a connection that it has just closed with the number of its FIN, and is slow to answer challenges.
+        # macOS resets what it has just closed with the number of its FIN, and is slow to answer challenges.
         if seq == rx.nxt or (seq == rx.fin and rx.nxt > seq):
             self._finish(Closed.RESET_BY_CLIENT, now)
         elif acceptable:

@@ -7,6 +7,8 @@ from collections import deque
 from ztun.stack.buffers import BufferPool
 
 _MOST_PIECES = 256  # the kernel takes at most 1024 at once (IOV_MAX), headers included
+_Chunk = tuple[int, memoryview, memoryview | None]  # end, bytes, the pool's buffer that they lie in
+_NOTHING: deque[_Chunk] = deque()  # shared: an empty deque is 600 bytes, and idle flows are many
 
 
 class SendQueue:
@@ -15,7 +17,7 @@ class SendQueue:
     __slots__ = ("_chunks", "_pool", "end", "start")
 
     def __init__(self, first: int, pool: BufferPool) -> None:
-        self._chunks: deque[tuple[int, memoryview, memoryview | None]] = deque()
+        self._chunks = _NOTHING
         self._pool = pool
         self.start = first
         self.end = first
@@ -23,6 +25,8 @@ class SendQueue:
     def append(self, data: memoryview, owner: memoryview | None) -> None:
         """Add bytes. owner: the pool's buffer that `data` is a part of, or None."""
         self.end += len(data)
+        if not self._chunks:
+            self._chunks = deque()
         self._chunks.append((self.end, data, owner))
 
     def acknowledge(self, sequence: int) -> None:
@@ -32,6 +36,8 @@ class SendQueue:
             _, _, owner = chunks.popleft()
             if owner is not None:
                 self._pool.retire(owner)
+        if not chunks:
+            self._chunks = _NOTHING
         self.start = sequence
 
     def views(self, sequence: int, count: int) -> list[memoryview]:
