@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ztun.lab.namespace import Namespace
+from ztun.lab.namespace import Namespace, wait_until
 from ztun.platform.linux import layout, loader
 from ztun.platform.linux import make_classifier as make_classifier_async
 from ztun.platform.linux.bpfcall import attributes
@@ -175,6 +175,11 @@ class World:
                 f"route add default via 10.{net}.0.1",
                 f"route add default via fd00:{net}::1",
             )
+        # The kernel notices the carrier a moment later, and tests compare what it was like before.
+        links = ("lan0", "wan0")
+        assert wait_until(
+            lambda: all("UP" in self.gateway.run("ip", "-br", "link", "show", one).stdout.split() for one in links)
+        )
 
     def forward(self) -> None:
         """Let the gateway forward, as one that serves direct traffic must."""
