@@ -11,7 +11,7 @@ from ztun.lab import Lab, Ztun, plan
 
 
 @pytest.mark.parametrize("address", [plan.SITE4, plan.SITE6], ids=["v4", "v6"])
-@pytest.mark.parametrize("size", [1, 1200, 1452])
+@pytest.mark.parametrize("size", [0, 1, 1200, 1452, 1473, 8000, 65000])
 def test_datagram_comes_back_whole_through_udp_associate(lab: Lab, ztun: Ztun, address: str, size: int) -> None:
     payload = bytes(number % 251 for number in range(size))
 
