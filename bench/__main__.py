@@ -27,7 +27,7 @@ _DESCRIPTORS = 65_536  # 10,000 flows; sing-tun system has two sockets for each
 
 def main() -> None:
     options = _options()
-    console = Console(width=150, highlight=False)
+    console = Console(width=170, highlight=False)
     _allow_descriptors()
     samples: Samples = {name: {} for name in options.only}
     failures: list[str] = []

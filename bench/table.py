@@ -38,7 +38,7 @@ def verdict(samples: Samples, subject: str, line: str) -> tuple[float | None, bo
 def make_table(samples: Samples, rows: list[str], title: str) -> Table:
     table = Table(box=None, title=title, title_justify="left", pad_edge=False)
     ours = [name for name in samples if name in OURS]
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in samples:
         table.add_column(name, justify="right", style="bold" if name in OURS else "", overflow="fold")
     for name in ours:
