@@ -10,7 +10,7 @@ SYSTEM_STAMP := $(VENV)/.system
 DEV_STAMP := $(VENV)/.dev
 BENCH_STAMP := $(VENV)/.bench
 
-.PHONY: setup demo up lint test bench clean
+.PHONY: setup demo up lint test differential bench clean
 
 setup: $(DEV_STAMP)
 
@@ -45,6 +45,11 @@ lint: setup
 # make test ARGS="tests/stack -k sack"
 test: setup
 	$(BIN)/pytest $(ARGS)
+
+# make differential SCRIPTS=100000: random segments to the stack and to the kernel (CI plays 10,000)
+SCRIPTS ?= 100000
+differential: setup
+	ZTUN_SCRIPTS=$(SCRIPTS) $(BIN)/pytest -s tests/differential
 
 # make bench ARGS="--rounds 3 --seconds 2"
 bench: $(BENCH_STAMP)
