@@ -12,6 +12,7 @@ measured is the rate that gets through and not who suffers most from a flood; 0 
 from __future__ import annotations
 
 import json
+import os
 import select
 import socket
 import struct
@@ -28,7 +29,6 @@ _BURST = 16  # datagrams between two looks at the clock
 _LOST_AFTER = 0.02  # seconds without news: what is under way is lost
 _COUNT = struct.Struct("!Q")
 _FINAL = 1 << 63
-_HELLO = b"hello"
 _PATIENCE = 5.0  # seconds
 _BUFFER = 4 << 20
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h
@@ -150,12 +150,7 @@ def _serve_one(control: socket.socket, sockets: list[socket.socket]) -> None:
     control.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     control.sendall(b"ready\n")
     request = json.loads(control.makefile("r").readline())
-    found, _, _ = select.select(sockets, [], [], _PATIENCE)
-    if not found:
-        return
-    sock = found[0]
-    data, peer = sock.recvfrom(65536)
-    header = data[: -len(_HELLO)]  # of RFC 1928 section 7; nothing where no proxy is between
+    sock, header, peer = _await_hello(sockets, request["hello"].encode())
     sock.connect(peer)  # what comes from elsewhere is of an earlier run
     control.sendall(b"found\n")
     if request["direction"] == "up":
@@ -169,16 +164,29 @@ def _serve_one(control: socket.socket, sockets: list[socket.socket]) -> None:
         control.sendall(json.dumps({"sent": sent}).encode() + b"\n")
 
 
+def _await_hello(sockets: list[socket.socket], hello: bytes) -> tuple[socket.socket, bytes, tuple[str, int]]:
+    """The socket that this run's first datagram comes to, its header of RFC 1928 section 7 (empty where no proxy is
+    between), and where it comes from. What is left of an earlier run is not taken for it."""
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        for sock in select.select(sockets, [], [], 0.1)[0]:
+            data, peer = sock.recvfrom(65536)
+            if data.endswith(hello):
+                return sock, data[: -len(hello)], peer
+    raise RuntimeError("no datagram came")
+
+
 def run(direction: str, seconds: float, window: int) -> dict[str, float]:
     """The client's side of one run. Raises RuntimeError when no datagram passes."""
     with socket.create_connection((plan.UPSTREAM4, CONTROL_PORT), 5) as control, _data_socket() as sock:
         control.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         lines = control.makefile("rb", buffering=0)
         lines.readline()
-        request = {"direction": direction, "seconds": seconds, "window": window}
+        hello = f"hello {os.getpid()} {time.monotonic_ns()}"
+        request = {"direction": direction, "seconds": seconds, "window": window, "hello": hello}
         control.sendall(json.dumps(request).encode() + b"\n")
         sock.connect((plan.SITE4, DATA_PORT))
-        _find(sock, control)
+        _find(sock, control, hello.encode())
         lines.readline()
         if direction == "down":
             delivered = receive(sock, control, seconds)
@@ -188,10 +196,10 @@ def run(direction: str, seconds: float, window: int) -> dict[str, float]:
         return {"delivered": reports.finish(), "sent": sent, "seconds": seconds}
 
 
-def _find(sock: socket.socket, control: socket.socket) -> None:
+def _find(sock: socket.socket, control: socket.socket, hello: bytes) -> None:
     """Small datagrams until the server has seen one: the subject opens its association meanwhile."""
     for _ in range(25):
-        sock.send(_HELLO)
+        sock.send(hello)
         if select.select([control], [], [], 0.2)[0]:
             return
     raise RuntimeError("no datagram arrives: this subject does not carry UDP")
