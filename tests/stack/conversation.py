@@ -121,7 +121,8 @@ class Net:
             self.on_incoming(conn)
 
     def udp_received(self, datagram: Datagram, now: float) -> None:
-        self.datagrams.append((*datagram[:4], bytes(datagram.payload)))
+        sender, receiver = (datagram.source, datagram.source_port), (datagram.destination, datagram.destination_port)
+        self.datagrams.append((*sender, *receiver, bytes(datagram.payload)))
         self.invoking.append(bytes(datagram.packet))
 
     def echo_requested(self, destination: bytes, now: float) -> bool:

@@ -19,7 +19,7 @@ from ztun.gateway.routing import Decider, NamePool, Route, Router, UnmappedError
 from ztun.gateway.tcp_relay import TcpRelay
 from ztun.gateway.udp_relay import UdpRelay
 from ztun.ports import Outbound, OutboundError, PacketDevice
-from ztun.stack import BufferPool, Closed, Connection, Datagram, Stack, StackSettings
+from ztun.stack import BufferPool, Closed, Connection, Datagram, DatagramHeader, Stack, StackSettings, reverse
 
 log = structlog.get_logger("ztun.flow")
 
@@ -222,15 +222,15 @@ class Gateway:
         if len(self._dns_tasks) >= _MAX_DNS_TASKS:
             self._stack.drop("dns-limit")
             return
-        back = (datagram.destination, datagram.destination_port, datagram.source, datagram.source_port)
+        back = DatagramHeader(reverse(datagram.key))
         task = self._loop.create_task(self._answer_datagram(bytes(datagram.payload), back))
         self._dns_tasks.add(task)
         task.add_done_callback(self._dns_tasks.discard)
 
-    async def _answer_datagram(self, query: bytes, back: tuple[bytes, int, bytes, int]) -> None:
+    async def _answer_datagram(self, query: bytes, back: DatagramHeader) -> None:
         reply = await self._dns.answer(query, over_tcp=False)
         if reply is not None:
-            self._stack.send_udp(*back, reply)
+            self._stack.send_udp(back, reply)
             self.engine.send()
 
     # Statistics.

@@ -13,40 +13,40 @@ import structlog
 
 from ztun.gateway.engine import Engine
 from ztun.gateway.failures import UDP_ANSWER
-from ztun.gateway.routing import NamePool, Route, Router, UnmappedError, packed
+from ztun.gateway.routing import NamePool, Router, UnmappedError, packed
 from ztun.ports import Buffer, DatagramLink, Destination, Outbound, OutboundError
-from ztun.stack import Datagram
+from ztun.stack import Datagram, DatagramHeader, reverse
 from ztun.wire.icmp import Reason
 
 log = structlog.get_logger("ztun.udp")
 
 _MAX_WAITING = 32  # datagrams of a session while its link is being opened
-_MAX_PEERS = 1024  # destinations that one session remembers
+_MAX_FLOWS = 1024  # destinations, and senders, that one session remembers
 _QUOTE = 128  # bytes of a packet that are kept to be quoted: its headers and some payload (RFC 792 asks for 8)
 
 
-class Peer(NamedTuple):
-    """A destination as the client sees it: packed address and port."""
+class UdpFlow(NamedTuple):
+    """What one client endpoint sends to one destination. quote: the beginning of its first packet, for ICMP errors."""
 
-    address: bytes
-    port: int
+    session: UdpSession
+    destination: Destination
+    quote: bytes
 
 
 class UdpSession:
-    """One client endpoint on one outbound."""
+    """One client endpoint on one outbound. endpoint: the client's packed address and port."""
 
-    def __init__(self, relay: UdpRelay, client: Peer, outbound: Outbound, now: float) -> None:
-        self.client = client
+    def __init__(self, relay: UdpRelay, endpoint: tuple[bytes, bytes], outbound: Outbound, now: float) -> None:
+        self.endpoint = endpoint
         self.outbound = outbound
         self.last_used = now
-        self.quote = b""  # the latest packet, for an ICMP error about the whole session
         self.fakes: set[bytes] = set()
+        self.flows: dict[bytes, UdpFlow] = {}
         self._relay = relay
         self._link: DatagramLink | None = None
         self._waiting: list[tuple[Destination, bytes]] = []
-        self._sent: dict[Destination, Peer] = {}
+        self._replies: dict[tuple[str, int], DatagramHeader] = {}
         self._quotes: dict[Destination, bytes] = {}
-        self._seen: dict[tuple[str, int], Peer] = {}
         self._task = relay.engine.loop.create_task(self._open())
 
     async def _open(self) -> None:
@@ -59,16 +59,21 @@ class UdpSession:
         for destination, payload in waiting:
             self._forward(destination, payload)
 
-    def send(self, datagram: Datagram, destination: Destination, now: float) -> None:
+    def add(self, datagram: Datagram, destination: Destination) -> UdpFlow:
+        """The first datagram to a destination; the reply to it will come from where the client sent it."""
+        flow = UdpFlow(self, destination, bytes(datagram.packet[:_QUOTE]))
+        if len(self.flows) < _MAX_FLOWS:
+            self.flows[datagram.key] = flow
+            self._replies[destination] = DatagramHeader(reverse(datagram.key))
+            self._quotes[destination] = flow.quote
+        return flow
+
+    def send(self, destination: Destination, payload: memoryview, now: float) -> None:
         self.last_used = now
-        self.quote = bytes(datagram.packet[:_QUOTE])
-        if destination in self._sent or len(self._sent) < _MAX_PEERS:
-            self._sent[destination] = Peer(datagram.destination, datagram.destination_port)
-            self._quotes[destination] = self.quote
         if self._link is not None:
-            self._forward(destination, datagram.payload)
+            self._forward(destination, payload)
         elif len(self._waiting) < _MAX_WAITING:
-            self._waiting.append((destination, bytes(datagram.payload)))
+            self._waiting.append((destination, bytes(payload)))
         else:
             self._relay.engine.stack.drop("udp-waiting")
 
@@ -84,38 +89,29 @@ class UdpSession:
 
     def _received(self, host: str, port: int, payload: Buffer) -> None:
         relay = self._relay
-        peer = self._peer(host, port)
-        if peer is None:
+        header = self._replies.get((host, port)) or self._stranger(host, port)
+        if header is None:
             relay.engine.stack.drop("udp-reply-address")
             return
         self.last_used = relay.engine.now()
         relay.received += 1
-        relay.engine.stack.send_udp(*peer, *self.client, memoryview(payload))
+        relay.engine.stack.send_udp(header, memoryview(payload))
         relay.engine.send()
 
-    def _peer(self, host: str, port: int) -> Peer | None:
-        """Who the client believes is talking to it when `host`, as the outbound calls it, does."""
-        known = self._seen.get((host, port)) or self._sent.get(Destination(host, port))
-        if known is not None:
-            return known
+    def _stranger(self, host: str, port: int) -> DatagramHeader | None:
+        """Somebody the client never wrote to: full cone lets it in, under its own address."""
         address = packed(host)
-        if address is None:
+        own_address, own_port = self.endpoint
+        if address is None or len(address) != len(own_address):
             return None
-        peer = Peer(address, port)
-        taken = set(self._seen.values())
-        for destination, candidate in self._sent.items():
-            # A name was sent; the answer has an address. The first newcomer with that port is the one.
-            if destination.port == port and candidate not in taken and packed(destination.host) is None:
-                peer = candidate
-                break
-        if len(peer.address) != len(self.client.address):
-            return None
-        if len(self._seen) < _MAX_PEERS:
-            self._seen[host, port] = peer
-        return peer
+        header = DatagramHeader(address + own_address + port.to_bytes(2, "big") + own_port)
+        if len(self._replies) < 2 * _MAX_FLOWS:
+            self._replies[host, port] = header
+        return header
 
     def _failed(self, error: OutboundError) -> None:
-        self._relay.tell(self, self.quote, error)
+        latest = next(reversed(self.flows.values()), None)
+        self._relay.tell(self, latest.quote if latest else b"", error)
         self._relay.forget(self)
 
     def close(self) -> None:
@@ -144,42 +140,52 @@ class UdpRelay:
         self._idle = idle
         self._limit = limit
         self._on_dns = on_dns
-        self._sessions: dict[tuple[bytes, int, str], UdpSession] = {}
+        self._sessions: dict[tuple[bytes, bytes, str], UdpSession] = {}
+        self._flows: dict[bytes, UdpFlow] = {}  # by the key of the client's datagrams
         self._sweeper: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self._sessions)
 
     def receive(self, datagram: Datagram, now: float) -> None:
+        flow = self._flows.get(datagram.key) or self._open(datagram, now)
+        if flow is not None:
+            self.sent += 1
+            flow.session.send(flow.destination, datagram.payload, now)
+
+    def _open(self, datagram: Datagram, now: float) -> UdpFlow | None:
+        """Decide about the first datagram of a flow. None when it ends here."""
         try:
             route = self._router.route("udp", datagram.source, datagram.destination, datagram.destination_port)
         except UnmappedError:
             self.engine.stack.drop("fake-ip-unmapped")
             self.engine.stack.send_unreachable(datagram.packet, Reason.HOST, now)
-            return
+            return None
         if route.outbound is None:
             self._on_dns(datagram)
-            return
-        session = self._session(datagram, route, route.outbound, now)
-        if session is not None:
-            self.sent += 1
-            session.send(datagram, route.destination, now)
+            return None
+        session = self._session(datagram, route.outbound, now)
+        if session is None:
+            return None
+        flow = session.add(datagram, route.destination)
+        if datagram.key in session.flows:
+            self._flows[datagram.key] = flow
+        if route.fake and datagram.destination not in session.fakes:
+            session.fakes.add(datagram.destination)
+            self._names.acquire(datagram.destination)
+        return flow
 
-    def _session(self, datagram: Datagram, route: Route, outbound: Outbound, now: float) -> UdpSession | None:
-        key = (datagram.source, datagram.source_port, outbound.tag)
-        session = self._sessions.get(key)
+    def _session(self, datagram: Datagram, outbound: Outbound, now: float) -> UdpSession | None:
+        endpoint = (datagram.source, datagram.key[-4:-2])
+        session = self._sessions.get((*endpoint, outbound.tag))
         if session is None:
             if len(self._sessions) >= self._limit:
                 self.engine.stack.drop("udp-limit")
                 self.engine.stack.send_unreachable(datagram.packet, Reason.PORT, now)
                 return None
-            session = UdpSession(self, Peer(datagram.source, datagram.source_port), outbound, now)
-            self._sessions[key] = session
+            session = self._sessions[*endpoint, outbound.tag] = UdpSession(self, endpoint, outbound, now)
             self.total += 1
             self._sweep_later()
-        if route.fake and datagram.destination not in session.fakes:
-            session.fakes.add(datagram.destination)
-            self._names.acquire(datagram.destination)
         return session
 
     def tell(self, session: UdpSession, quote: bytes, error: OutboundError) -> None:
@@ -190,10 +196,11 @@ class UdpRelay:
             self.engine.send()
 
     def forget(self, session: UdpSession) -> None:
-        key = (*session.client, session.outbound.tag)
-        if self._sessions.pop(key, None) is None:
+        if self._sessions.pop((*session.endpoint, session.outbound.tag), None) is None:
             return
         session.close()
+        for key in session.flows:
+            self._flows.pop(key, None)
         for address in session.fakes:
             self._names.release(address)
 

@@ -6,6 +6,7 @@ application is handed to a `Listener` and, per TCP connection, to a `Handler`.
 
 from ztun.stack.buffers import BufferPool
 from ztun.stack.connection import Connection, Handler
+from ztun.stack.header import DatagramHeader, reverse
 from ztun.stack.settings import StackSettings
 from ztun.stack.stack import Datagram, Listener, Stack
 from ztun.stack.state import Closed, State
@@ -15,9 +16,11 @@ __all__ = [
     "Closed",
     "Connection",
     "Datagram",
+    "DatagramHeader",
     "Handler",
     "Listener",
     "Stack",
     "StackSettings",
     "State",
+    "reverse",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from ztun.stack.header import FlowHeader
+from ztun.stack.header import FlowHeader, reverse
 from ztun.stack.receiver import Receiver
 from ztun.stack.sender import Sender
 from ztun.stack.state import Closed, State
@@ -87,6 +87,7 @@ class Connection:
         "stamp_recent",
         "state",
         "syn",
+        "timer",
         "timestamps",
         "tx",
     )  # fmt: skip
@@ -95,13 +96,12 @@ class Connection:
         self, stack: Stack, key: bytes, iss: int, syn: bytes, seq: int, options: tcp.Options, window: int, now: float
     ) -> None:
         settings = stack.settings
-        half = (len(key) - 4) // 2
         self.stack = stack
         self.key = key
         self.syn = syn  # the client's packet, to quote in an ICMP error
         self.state = State.DIALING
         self.handler: Handler | None = None
-        self.header = FlowHeader(key[half : 2 * half] + key[:half] + key[-2:] + key[-4:-2])
+        self.header = FlowHeader(reverse(key))
         self.timestamps = options.timestamps is not None
         self.sack_permitted = options.sack_permitted
         self.scale = options.window_scale or 0
@@ -123,6 +123,7 @@ class Connection:
         self.received = 0
         self.sent = 0
         self.armed = NEVER
+        self.timer = 0
         self._syn_at: float | None = None
         self._idle_at = NEVER
         self._opened_at = now
@@ -643,6 +644,7 @@ class Connection:
         self._idle_at = NEVER
         self._syn_at = self.tx.rto_at = self.rx.ack_at = None
         self.tx.queue.clear()
+        self.stack.timers.cancel(self)
         self.stack.forget(self, half_open)
         if self.handler is not None:
             self.handler.closed(how, now)

@@ -1,4 +1,6 @@
-"""Outgoing TCP headers of one flow: virtio_net_hdr, IP and TCP in one bytes object, all that can be computed once is.
+"""Outgoing headers of one flow: virtio_net_hdr, IP and TCP or UDP in one bytes object.
+
+All that can be computed once is.
 
 The TCP checksum field carries the pseudo-header sum only (VIRTIO_NET_HDR_F_NEEDS_CSUM); the kernel or the card adds the
 payload. A segment larger than the MSS goes out whole with gso_size set, to be cut by the kernel or the card.
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import struct
 
-from ztun.wire import checksum, ip, tcp, vnet
+from ztun.wire import checksum, ip, tcp, udp, vnet
 from ztun.wire.sequence import MASK
 
 _CSUM_OFFSET = 16  # of the checksum field in the TCP header
@@ -82,7 +84,49 @@ class FlowHeader:
         )  # fmt: skip
 
 
+# virtio_net_hdr, version/TOS, total length, ID/flags/TTL/protocol, checksum, addresses and ports, UDP length, checksum.
+_UDP4 = struct.Struct("!10s2sH6sH12sHH")
+# virtio_net_hdr, version/class/label, payload length, next header/hop limit, addresses and ports, UDP length, checksum.
+_UDP6 = struct.Struct("!10s4sH2s36sHH")
+
+
+class DatagramHeader:
+    """Builds headers for the datagrams of one direction of one UDP flow. key: as for FlowHeader."""
+
+    __slots__ = ("_base", "_front", "_ip_base", "key", "overhead")
+
+    def __init__(self, key: bytes) -> None:
+        addresses = key[:-4]
+        size = 40 if len(key) == 36 else 20
+        self.key = key
+        self.overhead = size + udp.LENGTH
+        self._base = checksum.pseudo_sum(addresses, ip.UDP, 0)
+        self._ip_base = checksum.ones_sum(struct.pack("!HHHBB", 0x4500, 0, 0x4000, ip.DEFAULT_TTL, ip.UDP) + addresses)
+        self._front = vnet.pack(vnet.NEEDS_CSUM, csum_start=size, csum_offset=udp.CHECKSUM_OFFSET)
+
+    def pack(self, payload: int) -> bytes:
+        """payload: its length in bytes."""
+        length = udp.LENGTH + payload
+        # The length counts in the pseudo-header only: the checksum field is the sum of that, and of nothing else yet.
+        pseudo = self._base + length
+        pseudo = (pseudo & 0xFFFF) + (pseudo >> 16)
+        if len(self.key) == 36:
+            return _UDP6.pack(self._front, b"\x60\0\0\0", length, b"\x11\x40", self.key, length, pseudo)
+        total = 20 + length
+        check = self._ip_base + total
+        check = ((check & 0xFFFF) + (check >> 16)) ^ 0xFFFF
+        return _UDP4.pack(
+            self._front, b"\x45\0", total, b"\0\0\x40\0\x40\x11", check, self.key, length, pseudo
+        )  # fmt: skip
+
+
 def reset_for(key: bytes, seq: int, ack: int | None) -> bytes:
     """A RST packet of a flow without a connection (RFC 9293 section 3.10.7.1). key: as for FlowHeader."""
     flags = tcp.RST if ack is None else tcp.RST | tcp.ACK
     return FlowHeader(key).pack(seq, ack or 0, flags, 0, b"", 0)
+
+
+def reverse(key: bytes) -> bytes:
+    """The key of the other direction: addresses and ports change places."""
+    half = (len(key) - 4) // 2
+    return key[half : 2 * half] + key[:half] + key[-2:] + key[-4:-2]

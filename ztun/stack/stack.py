@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from ztun.stack.buffers import BufferPool
 from ztun.stack.connection import Connection
 from ztun.stack.fragments import FragmentTable
-from ztun.stack.header import reset_for
+from ztun.stack.header import DatagramHeader, reset_for, reverse
 from ztun.stack.settings import StackSettings
 from ztun.stack.timers import TimerQueue
 from ztun.stack.timewait import TimeWaitTable, Waiting
@@ -21,6 +21,9 @@ from ztun.wire.sequence import MASK
 _FAST4 = struct.Struct("!B9xBxHHHBBH12sIIHHHH")
 # virtio_net_hdr flags, then an IPv6 header without extensions and a TCP header.
 _FAST6 = struct.Struct("!B9xIHBB36sIIHHHH")
+# The same with a UDP header.
+_FAST_UDP4 = struct.Struct("!B9xBxHHHBBH12sHH")
+_FAST_UDP6 = struct.Struct("!B9xIHBB36sHH")
 _TCP = struct.Struct("!HHIIHHHH")
 _IP = vnet.LENGTH  # where the IP header starts
 _QUOTE = ip.MINIMUM_MTU6  # no ICMP error quotes more
@@ -29,15 +32,28 @@ Packet = tuple[bytes | memoryview, ...]
 
 
 class Datagram(NamedTuple):
-    """A UDP datagram from a client. Addresses are packed; payload and packet (from the IP header on) are views that
-    must be copied to be kept."""
+    """A UDP datagram from a client. key: its addresses and ports as they stand in the packet, 12 or 36 bytes; payload
+    and packet (from the IP header on) are views that must be copied to be kept."""
 
-    source: bytes
-    source_port: int
-    destination: bytes
-    destination_port: int
+    key: bytes
     payload: memoryview
     packet: memoryview
+
+    @property
+    def source(self) -> bytes:
+        return self.key[: (len(self.key) - 4) // 2]
+
+    @property
+    def destination(self) -> bytes:
+        return self.key[(len(self.key) - 4) // 2 : -4]
+
+    @property
+    def source_port(self) -> int:
+        return int.from_bytes(self.key[-4:-2], "big")
+
+    @property
+    def destination_port(self) -> int:
+        return int.from_bytes(self.key[-2:], "big")
 
 
 class Listener(Protocol):
@@ -98,7 +114,12 @@ class Stack:
                 return self._receive_tcp4(packet, now)
             if packet[_IP] >> 4 == 6 and packet[_IP + 6] == ip.TCP:
                 return self._receive_tcp6(packet, now)
-            self._receive_other(packet, now)
+            if packet[_IP] == 0x45 and packet[_IP + 9] == ip.UDP:
+                self._receive_udp4(packet, now)
+            elif packet[_IP] >> 4 == 6 and packet[_IP + 6] == ip.UDP:
+                self._receive_udp6(packet, now)
+            else:
+                self._receive_other(packet, now)
         except ip.MalformedError as malformed:
             self.drop(str(malformed))
         except (IndexError, struct.error):
@@ -106,6 +127,9 @@ class Stack:
         return False
 
     def _receive_tcp4(self, packet: memoryview, now: float) -> bool:
+        if len(packet) < _FAST4.size:  # the last fragment of something, most likely
+            self._receive_other(packet, now)
+            return False
         flags, _, total, _, frag, _, _, _, key, seq, ack, bits, window, _, _ = _FAST4.unpack_from(packet)
         end = _IP + total
         if frag & 0x3FFF:
@@ -253,7 +277,7 @@ class Stack:
     def _reset_closed(self, key: bytes, seq: int, ack: int, bits: int, length: int) -> None:
         """RFC 9293 section 3.10.7.1: the RST has the sequence number that its receiver will believe."""
         self.drop("tcp-closed")
-        back = _reverse(key)
+        back = reverse(key)
         if bits & tcp.ACK:
             self.outbox.append((reset_for(back, ack, None),))
             return
@@ -276,40 +300,61 @@ class Stack:
 
     # UDP.
 
+    def _receive_udp4(self, packet: memoryview, now: float) -> None:
+        if len(packet) < _FAST_UDP4.size:  # the last fragment of something, most likely
+            self._receive_other(packet, now)
+            return
+        flags, _, total, _, frag, _, _, _, key, length, _ = _FAST_UDP4.unpack_from(packet)
+        if frag & 0x3FFF or not flags & vnet.CHECKED or not ip.is_unicast(key[:4]):
+            self._receive_other(packet, now)
+            return
+        end = _IP + total
+        if end > len(packet) or total < 28:
+            raise ip.MalformedError("ip-length")
+        self._datagram(packet, key, _IP + 20, length, end, now)
+
+    def _receive_udp6(self, packet: memoryview, now: float) -> None:
+        flags, _, size, _, _, key, length, _ = _FAST_UDP6.unpack_from(packet)
+        if not flags & vnet.CHECKED or not ip.is_unicast(key[:16]):
+            self._receive_other(packet, now)
+            return
+        end = _IP + 40 + size
+        if end > len(packet) or size < udp.LENGTH:
+            raise ip.MalformedError("ip-length")
+        self._datagram(packet, key, _IP + 40, length, end, now)
+
+    def _datagram(self, packet: memoryview, key: bytes, start: int, length: int, end: int, now: float) -> None:
+        """start: of the UDP header; length: its field; end: of the IP packet, which may have bytes to spare."""
+        if length < udp.LENGTH or start + length > end:
+            raise ip.MalformedError("udp-length")
+        self.received["udp"] += 1
+        payload = packet[start + udp.LENGTH : start + length]
+        self.listener.udp_received(Datagram(key, payload, packet[_IP:end]), now)
+
     def _receive_udp(self, packet: memoryview, head: ip.IpHeader, checked: bool, now: float) -> None:
+        """Behind IP options, reassembled, or with a checksum that nobody has looked at."""
         source, destination, end, check = udp.parse(packet, head.payload, head.end)
         if not checked and check == 0 and head.version == 6:
             raise ip.MalformedError("udp-checksum")  # RFC 8200 section 8.1
         if not checked and check:
             _verify(head.source + head.destination, ip.UDP, packet[head.payload : end], "udp-checksum")
-        self.received["udp"] += 1
-        payload = packet[head.payload + udp.LENGTH : end]
-        self.listener.udp_received(
-            Datagram(head.source, source, head.destination, destination, payload, packet[_IP : head.end]), now
-        )
+        key = head.source + head.destination + struct.pack("!HH", source, destination)
+        self._datagram(packet, key, head.payload, end - head.payload, head.end, now)
 
-    def send_udp(
-        self, source: bytes, source_port: int, destination: bytes, destination_port: int, payload: bytes | memoryview
-    ) -> None:
+    def send_udp(self, header: DatagramHeader, payload: bytes | memoryview) -> None:
         """Send a datagram to a client, in fragments when it is larger than the MTU."""
-        length = udp.LENGTH + len(payload)
-        overhead = 40 if len(source) == 16 else 20
-        pseudo = checksum.pseudo_sum(source + destination, ip.UDP, length)
-        if overhead + length > self.settings.mtu:
-            self._send_udp_fragments(source, source_port, destination, destination_port, payload, pseudo)
-            return
-        front = vnet.pack(vnet.NEEDS_CSUM, csum_start=overhead, csum_offset=udp.CHECKSUM_OFFSET)
-        head = ip.header(source, destination, ip.UDP, length)
-        self.outbox.append((front + head + udp.header(source_port, destination_port, len(payload), pseudo), payload))
+        if header.overhead + len(payload) > self.settings.mtu:
+            self._send_udp_fragments(header.key, payload)
+        else:
+            self.outbox.append((header.pack(len(payload)), payload))
 
-    def _send_udp_fragments(
-        self, source: bytes, source_port: int, destination: bytes, destination_port: int,
-        payload: bytes | memoryview, pseudo: int,
-    ) -> None:  # fmt: skip
-        bare = udp.header(source_port, destination_port, len(payload), 0) + bytes(payload)
-        check = checksum.finish(checksum.ones_sum(bare, pseudo)) or 0xFFFF
-        whole = udp.header(source_port, destination_port, len(payload), check) + bytes(payload)
-        self._send_fragments(source, destination, ip.UDP, memoryview(whole))
+    def _send_udp_fragments(self, key: bytes, payload: bytes | memoryview) -> None:
+        half = (len(key) - 4) // 2
+        head = key[-4:] + struct.pack("!H", udp.LENGTH + len(payload))
+        pseudo = checksum.pseudo_sum(key[:-4], ip.UDP, udp.LENGTH + len(payload))
+        check = checksum.finish(checksum.ones_sum(head + b"\0\0" + bytes(payload), pseudo)) or 0xFFFF
+        whole = head + struct.pack("!H", check) + bytes(payload)
+        self._send_fragments(key[:half], key[half:-4], ip.UDP, memoryview(whole))
 
     def _send_fragments(self, source: bytes, destination: bytes, protocol: int, payload: memoryview) -> None:
         self._identification += 1
@@ -362,7 +407,7 @@ class Stack:
         protocol = quoted[6] if version == 6 else quoted[9]
         ports = quoted[size : size + 4]
         addresses = quoted[8:40] if version == 6 else quoted[12:20]
-        conn = self.connections.get(_reverse(bytes(addresses) + bytes(ports)))
+        conn = self.connections.get(reverse(bytes(addresses) + bytes(ports)))
         if protocol != ip.TCP or conn is None or len(quoted) < size + 8:
             self.drop("icmp-error")
             return
@@ -410,8 +455,3 @@ class Stack:
 def _verify(addresses: bytes, protocol: int, data: memoryview, reason: str) -> None:
     if not checksum.is_valid(data, checksum.pseudo_sum(addresses, protocol, len(data))):
         raise ip.MalformedError(reason)
-
-
-def _reverse(key: bytes) -> bytes:
-    half = (len(key) - 4) // 2
-    return key[half : 2 * half] + key[:half] + key[-2:] + key[-4:-2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import NamedTuple
 
-from ztun.stack.header import FlowHeader
+from ztun.stack.header import FlowHeader, reverse
 from ztun.wire import tcp
 from ztun.wire.sequence import MASK
 
@@ -71,13 +71,11 @@ class TimeWaitTable:
     def acknowledgment(self, key: bytes, now: float) -> bytes:
         """The ACK that answers a segment of the old connection."""
         entry = self._entries[key]
-        half = (len(key) - 4) // 2
-        back = key[half : 2 * half] + key[:half] + key[-2:] + key[-4:-2]
         options = b""
         if entry.stamps is not None:
             stamp = (int(now * 1000) + entry.stamps[0]) & MASK
             options = tcp.TIMESTAMPS.pack(tcp.TIMESTAMP_LEAD, stamp, entry.stamps[1])
-        return FlowHeader(back).pack(entry.nxt, entry.expected, tcp.ACK, 0xFFFF, options, 0)
+        return FlowHeader(reverse(key)).pack(entry.nxt, entry.expected, tcp.ACK, 0xFFFF, options, 0)
 
     def _expire(self, now: float) -> None:
         entries = self._entries
