@@ -46,6 +46,7 @@ class FragmentTable:
 
     def __init__(self) -> None:
         self.armed = NEVER
+        self.timer = 0
         self.timed_out: list[bytes] = []  # first fragments of datagrams that never became whole
         self.expired_count = 0
         self._partials: OrderedDict[_Key, _Partial] = OrderedDict()

@@ -1,17 +1,21 @@
 """Deadlines of many connections, cheap to move.
 
 A connection's deadline moves with nearly every packet, mostly to later. So the heap is touched only when it moves to
-earlier than what is armed; an entry that comes up too early is put back at the real deadline.
+earlier than what is armed; an entry that comes up too early is put back at the real deadline. The heap holds numbers,
+not connections: one that is closed is gone, however far ahead its deadline was.
 """
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Protocol
 
 
 class Timed(Protocol):
+    """armed: when it will be looked at, NEVER at first; timer: the number of that entry. Both are the queue's."""
+
     armed: float
+    timer: int
 
     def deadline(self) -> float:
         """When it wants to be called, in seconds; NEVER when it does not."""
@@ -21,33 +25,60 @@ class Timed(Protocol):
 
 
 NEVER = float("inf")
+_SPARE = 64  # dead entries that are not worth a look
 
 
 class TimerQueue:
-    __slots__ = ("_heap", "_serial")
+    __slots__ = ("_heap", "_live", "_serial")
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Timed]] = []
+        self._heap: list[tuple[float, int]] = []
+        self._live: dict[int, Timed] = {}
         self._serial = 0
+
+    def __len__(self) -> int:
+        """Entries, of which some may be dead."""
+        return len(self._heap)
 
     def arm(self, timed: Timed, when: float) -> None:
         """Make sure that `timed` is looked at no later than `when`."""
         if when < timed.armed:
-            timed.armed = when
+            if timed.armed != NEVER:
+                del self._live[timed.timer]
             self._serial += 1
-            heappush(self._heap, (when, self._serial, timed))
+            timed.armed, timed.timer = when, self._serial
+            self._live[self._serial] = timed
+            heappush(self._heap, (when, self._serial))
+            self._tidy()
+
+    def cancel(self, timed: Timed) -> None:
+        """Forget `timed`."""
+        if timed.armed != NEVER:
+            timed.armed = NEVER
+            del self._live[timed.timer]
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Throw the dead entries out before they are most of the heap."""
+        if len(self._heap) > 2 * len(self._live) + _SPARE:
+            self._heap[:] = [entry for entry in self._heap if entry[1] in self._live]
+            heapify(self._heap)
 
     def next(self) -> float | None:
         """The earliest moment at which something may expire."""
-        return self._heap[0][0] if self._heap else None
+        heap = self._heap
+        while heap and heap[0][1] not in self._live:
+            heappop(heap)
+        return heap[0][0] if heap else None
 
     def run(self, now: float) -> None:
         """Call `expired` of everything whose deadline has passed."""
         heap = self._heap
         while heap and heap[0][0] <= now:
-            when, _, timed = heappop(heap)
-            if when != timed.armed:
-                continue  # replaced by an earlier entry
+            _, serial = heappop(heap)
+            timed = self._live.pop(serial, None)
+            if timed is None:
+                continue  # cancelled, or replaced by an earlier entry
             timed.armed = NEVER
             if timed.deadline() <= now:
                 timed.expired(now)
