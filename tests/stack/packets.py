@@ -9,6 +9,7 @@ from typing import Any
 
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import IPv6
+from scapy.packet import Raw
 
 FIN, SYN, RST, PSH, ACK, URG = 1, 2, 4, 8, 16, 32
 NEEDS_CSUM = 1
@@ -128,17 +129,15 @@ def complete(raw: bytes) -> bytes:
 
 
 def _agree_with_scapy(packet: bytes) -> None:
-    if packet[0] >> 4 == 4 and struct.unpack_from("!H", packet, 6)[0] & 0x1FFF:
-        return  # not a first fragment: there is no transport header to look at
+    """Let scapy fill in lengths and checksums anew. Of a fragment only the IP header can be judged."""
     whole = IPv6(packet) if packet[0] >> 4 == 6 else IP(packet)
-    fragment = packet[0] >> 4 == 4 and struct.unpack_from("!H", packet, 6)[0] & 0x2000
+    if whole.nh == 44 if packet[0] >> 4 == 6 else whole.frag or whole.flags.MF:
+        whole.remove_payload()
+        whole.add_payload(Raw(packet[40 if packet[0] >> 4 == 6 else 20 :]))
     layer = whole
-    while layer is not None and layer.name != "NoPayload":
-        if layer.name == "IPv6 Extension Header - Fragment Header":
-            break
+    while layer.name not in ("NoPayload", "Raw"):
         for name in ("chksum", "cksum", "len", "plen"):
-            transport = layer.name not in ("IP", "IPv6")
-            if name in layer.fields and not (fragment and transport):
+            if name in layer.fields:
                 delattr(layer, name)
         if isinstance(layer, ICMP) or layer.name.startswith("ICMPv6"):
             break  # what follows is a quotation, cut off

@@ -93,13 +93,14 @@ _UDP6 = struct.Struct("!10s4sH2s36sHH")
 class DatagramHeader:
     """Builds headers for the datagrams of one direction of one UDP flow. key: as for FlowHeader."""
 
-    __slots__ = ("_base", "_front", "_ip_base", "key", "overhead")
+    __slots__ = ("_base", "_front", "_ip_base", "key", "largest", "overhead")
 
     def __init__(self, key: bytes) -> None:
         addresses = key[:-4]
         size = 40 if len(key) == 36 else 20
         self.key = key
         self.overhead = size + udp.LENGTH
+        self.largest = 0xFFFF - udp.LENGTH - (0 if len(key) == 36 else size)  # payload, by the length fields
         self._base = checksum.pseudo_sum(addresses, ip.UDP, 0)
         self._ip_base = checksum.ones_sum(struct.pack("!HHHBB", 0x4500, 0, 0x4000, ip.DEFAULT_TTL, ip.UDP) + addresses)
         self._front = vnet.pack(vnet.NEEDS_CSUM, csum_start=size, csum_offset=udp.CHECKSUM_OFFSET)

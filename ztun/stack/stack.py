@@ -305,7 +305,7 @@ class Stack:
             self._receive_other(packet, now)
             return
         flags, _, total, _, frag, _, _, _, key, length, _ = _FAST_UDP4.unpack_from(packet)
-        if frag & 0x3FFF or not flags & vnet.CHECKED or not ip.is_unicast(key[:4]):
+        if frag & 0x3FFF or not flags & vnet.CHECKED or not ip.is_unicast(key[:4]) or key[4] >= 224:
             self._receive_other(packet, now)
             return
         end = _IP + total
@@ -315,7 +315,7 @@ class Stack:
 
     def _receive_udp6(self, packet: memoryview, now: float) -> None:
         flags, _, size, _, _, key, length, _ = _FAST_UDP6.unpack_from(packet)
-        if not flags & vnet.CHECKED or not ip.is_unicast(key[:16]):
+        if not flags & vnet.CHECKED or not ip.is_unicast(key[:16]) or key[16] == 0xFF:
             self._receive_other(packet, now)
             return
         end = _IP + 40 + size
@@ -332,7 +332,9 @@ class Stack:
         self.listener.udp_received(Datagram(key, payload, packet[_IP:end]), now)
 
     def _receive_udp(self, packet: memoryview, head: ip.IpHeader, checked: bool, now: float) -> None:
-        """Behind IP options, reassembled, or with a checksum that nobody has looked at."""
+        """Behind IP options, reassembled, to a group, or with a checksum that nobody has looked at."""
+        if not ip.is_unicast(head.destination):
+            raise ip.MalformedError("ip-destination")  # the kernel's own multicasts; no proxy can carry them
         source, destination, end, check = udp.parse(packet, head.payload, head.end)
         if not checked and check == 0 and head.version == 6:
             raise ip.MalformedError("udp-checksum")  # RFC 8200 section 8.1
@@ -342,8 +344,11 @@ class Stack:
         self._datagram(packet, key, head.payload, end - head.payload, head.end, now)
 
     def send_udp(self, header: DatagramHeader, payload: bytes | memoryview) -> None:
-        """Send a datagram to a client, in fragments when it is larger than the MTU."""
+        """Send a datagram to a client, in fragments when it exceeds the MTU. What no datagram can hold is dropped."""
         if header.overhead + len(payload) > self.settings.mtu:
+            if len(payload) > header.largest:
+                self.drop("udp-too-long")
+                return
             self._send_udp_fragments(header.key, payload)
         else:
             self.outbox.append((header.pack(len(payload)), payload))
