@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench.measure import Cells, Run
+from bench.quiet import wait_for_quiet
 from bench.rows import LINES, ROWS
 from bench.servers import start_servers
 from bench.subjects import OURS, SUBJECTS
@@ -35,13 +36,17 @@ def main() -> None:
     order = random.Random(0)
     with Lab() as lab:
         start_servers(lab)
-        for number in range(options.rounds):
-            turn = list(options.only)
-            order.shuffle(turn)  # a fixed order would favour somebody
-            for name in turn:
-                console.print(f"[dim]round {number + 1}/{options.rounds}, {time.monotonic() - started:.0f} s: {name}")
-                for proxy, rows in _by_proxy(options, number).items():
-                    failures += _measure(lab, name, proxy, rows, options, samples[name])
+        for title, rounds, rows in _passes(options):
+            for number in range(rounds):
+                turn = list(options.only)
+                order.shuffle(turn)  # a fixed order would favour somebody
+                for name in turn:
+                    at = f"{title} {number + 1}/{rounds}, {time.monotonic() - started:.0f} s"
+                    if busy := wait_for_quiet():
+                        failures.append(f"in quiet: {at}: {name} began while {busy:.0%} of the machine was busy")
+                    console.print(f"[dim]{at}: {name}")
+                    for proxy, measured in _by_proxy(options, rows).items():
+                        failures += _measure(lab, name, proxy, measured, options, samples[name])
     seconds = time.monotonic() - started
     title = f"Medians of {options.rounds} rounds of {options.seconds:g} s, {'IPv6' if options.ipv6 else 'IPv4'}"
     console.print(make_table(samples, options.rows, f"{title}; the run took {seconds:.0f} s"))
@@ -58,7 +63,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", default=",".join(ROWS), help="some of %(default)s")
     parser.add_argument("--proxy", choices=["danted", "microsocks"], help="for all rows that use a real one")
     parser.add_argument("--window", type=int, default=256, help="datagrams under way; 0 floods")
-    parser.add_argument("--memory-rounds", type=int, default=1, help="memory hardly varies; of the first rounds")
+    parser.add_argument("--memory-rounds", type=int, default=1, help="memory hardly varies")
     parser.add_argument("--ipv6", action="store_true")
     parser.add_argument("--loops", action="store_true", help="ztun on asyncio's and on uvloop's event loop")
     parser.add_argument("--only", action="append", choices=list(SUBJECTS), help="a subject; may be repeated")
@@ -84,17 +89,23 @@ def _allow_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _by_proxy(options: argparse.Namespace, number: int) -> dict[str, list[str]]:
-    """proxy -> rows to measure through it in this round. Two rows that are one measurement are measured once."""
+def _passes(options: argparse.Namespace) -> list[tuple[str, int, list[str]]]:
+    """(title, rounds, rows). Memory comes last: 10,000 flows leave work behind for whoever is measured next."""
+    others = [name for name in options.rows if name != "memory"]
+    passes = [("round", options.rounds, others)] if others else []
+    return passes + ([("memory", options.memory_rounds, ["memory"])] if "memory" in options.rows else [])
+
+
+def _by_proxy(options: argparse.Namespace, rows: list[str]) -> dict[str, list[str]]:
+    """proxy -> rows to measure through it. Two rows that are one measurement are measured once."""
     found: dict[str, list[str]] = {}
     measured = set()
-    for name in options.rows:
+    for name in rows:
         row = ROWS[name]
-        if row.measure in measured or (name == "memory" and number >= options.memory_rounds):
-            continue
-        measured.add(row.measure)
-        proxy = row.proxy if row.proxy == "sink" else options.proxy or row.proxy
-        found.setdefault(proxy, []).append(name)
+        if row.measure not in measured:
+            measured.add(row.measure)
+            proxy = row.proxy if row.proxy == "sink" else options.proxy or row.proxy
+            found.setdefault(proxy, []).append(name)
     return found
 
 
