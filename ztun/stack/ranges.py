@@ -95,17 +95,6 @@ class RangeSet:
                 self._ends[-1] = bound
                 self.total -= end - bound
 
-    def discard_from(self, bound: int) -> None:
-        """Remove every integer from `bound` on."""
-        while self._starts and self._ends[-1] > bound:
-            start, end = self._starts[-1], self._ends[-1]
-            if start >= bound:
-                del self._starts[-1], self._ends[-1]
-                self.total -= end - start
-            else:
-                self._ends[-1] = bound
-                self.total -= end - bound
-
     def clear(self) -> None:
         self._starts.clear()
         self._ends.clear()
