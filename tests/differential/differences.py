@@ -108,7 +108,9 @@ DIFFERENCES = [
         "a FIN out of order is not in the SACK blocks, nor is anything after it",
         "RFC 2018 speaks of data; a FIN that waits costs the client at most its retransmission. What comes after it is"
         " given up at once; the kernel does that after it has acknowledged the FIN.",
-        lambda case: case.differing - {"seq"} == {"sack"} and _without_fin(case) == case.ztun.sack and _steps_back(case),
+        lambda case: (
+            case.differing - {"seq"} == {"sack"} and _without_fin(case) == case.ztun.sack and _steps_back(case)
+        ),
     ),
     Difference(
         "an old empty segment is answered (seldom)",
@@ -143,9 +145,13 @@ DIFFERENCES = [
         ),
     ),
     Difference(
-        "where the ACKs stand when the window was shut over data in flight",
+        "where ACKs and RSTs stand when the window was shut over data in flight",
         "RFC 9293 section 3.10.7.4 says SND.NXT; the kernel steps back to the edge of the window.",
-        lambda case: case.differing == {"seq"} and _steps_back(case),
+        lambda case: (
+            case.differing in ({"seq"}, {"reset"})
+            and bool(case.ztun.reset) == bool(case.kernel.reset)
+            and _steps_back(case)
+        ),
     ),
     Difference(
         "in SYN-RECEIVED a segment without ACK is dropped first",
@@ -234,8 +240,12 @@ DIFFERENCES = [
 
 
 def _steps_back(case: Case) -> bool:
-    """The kernel's ACK stands below SND.NXT, ours at it; or both agree."""
-    return "seq" not in case.differing or (case.kernel.seq or 0) < (case.ztun.seq or 0) == case.facts.sent
+    """The kernel's ACK or RST stands below SND.NXT, ours at it; or both agree."""
+    if case.kernel.reset is not None and case.ztun.reset is not None:
+        kernel, ztun = case.kernel.reset[1], case.ztun.reset[1]
+    else:
+        kernel, ztun = case.kernel.seq, case.ztun.seq
+    return kernel == ztun or (kernel or 0) < (ztun or 0) == case.facts.sent
 
 
 def _without_fin(case: Case) -> tuple[tuple[int, int], ...]:

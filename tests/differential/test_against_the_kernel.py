@@ -101,7 +101,7 @@ EXAMPLES = {
     "whose timestamp is remembered": 10,
     "in SYN-RECEIVED the timestamp of the SYN is echoed": 20363,
     "TIME-WAIT keeps the last timestamp of the connection": 180,
-    "where the ACKs stand when the window was shut over data in flight": 399,
+    "where ACKs and RSTs stand when the window was shut over data in flight": 399,
     "in SYN-RECEIVED a segment without ACK is dropped first": 78,
     "in SYN-RECEIVED the sequence number is looked at before the ACK number": 0,
     "in SYN-RECEIVED another SYN in the window is challenged": 93,
