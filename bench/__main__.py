@@ -43,7 +43,7 @@ def main() -> None:
                 for name in turn:
                     at = f"{title} {number + 1}/{rounds}, {time.monotonic() - started:.0f} s"
                     if busy := wait_for_quiet():
-                        failures.append(f"in quiet: {at}: {name} began while {busy:.0%} of the machine was busy")
+                        failures.append(f"quiet: {at}: {name} began while {busy:.0%} of the machine was busy")
                     console.print(f"[dim]{at}: {name}")
                     for proxy, measured in _by_proxy(options, rows).items():
                         failures += _measure(lab, name, proxy, measured, options, samples[name])
@@ -51,7 +51,7 @@ def main() -> None:
     title = f"Medians of {options.rounds} rounds of {options.seconds:g} s, {'IPv6' if options.ipv6 else 'IPv4'}"
     console.print(make_table(samples, options.rows, f"{title}; the run took {seconds:.0f} s"))
     for failure in dict.fromkeys(failures):
-        console.print(f"[yellow]not measured:[/] {failure}")
+        console.print(f"[yellow]note:[/] {failure}")
     console.print(f"[dim]{_save(samples, failures, options, seconds)}")
 
 
@@ -146,7 +146,7 @@ def _save(samples: Samples, failures: list[str], options: argparse.Namespace, se
         "units": {line: rule.unit for line, rule in LINES.items()},
         "samples": samples,
         "goals_met": goals,
-        "not_measured": failures,
+        "notes": failures,
     }
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
