@@ -9,8 +9,9 @@ PACKAGES := python3 python3-bpfcc python3-venv linux-libc-dev iproute2 curl proc
 SYSTEM_STAMP := $(VENV)/.system
 DEV_STAMP := $(VENV)/.dev
 BENCH_STAMP := $(VENV)/.bench
+FUZZ_STAMP := $(VENV)/.fuzz
 
-.PHONY: setup demo up lint test differential bench clean
+.PHONY: setup demo up lint test differential fuzz bench clean
 
 setup: $(DEV_STAMP)
 
@@ -27,6 +28,12 @@ $(DEV_STAMP): $(SYSTEM_STAMP) pyproject.toml
 
 $(BENCH_STAMP): $(DEV_STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
+	@touch $@
+
+# atheris has wheels for some versions of Python only; without it the fuzzing is not guided.
+$(FUZZ_STAMP): $(DEV_STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --only-binary atheris --editable '.[dev,fuzz]' || \
+		echo "atheris is not to be had for this Python: fuzzing goes on without coverage"
 	@touch $@
 
 demo: setup
@@ -51,10 +58,15 @@ SCRIPTS ?= 100000
 differential: setup
 	ZTUN_SCRIPTS=$(SCRIPTS) $(BIN)/pytest -s tests/differential
 
+# make fuzz FUZZ_SECONDS=600 ARGS="stack": each target for so long, guided by coverage (docs/fuzzing.md)
+FUZZ_SECONDS ?= 60
+fuzz: $(FUZZ_STAMP)
+	nice -n 10 $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS) $(ARGS)
+
 # make bench ARGS="--rounds 3 --seconds 2"
 bench: $(BENCH_STAMP)
 	$(BIN)/python -m bench $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache bench/results
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache bench/results fuzz/corpus fuzz/crashes
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,8 @@
+"""The targets are those of `make fuzz`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2]))
