@@ -464,8 +464,10 @@ class Connection:
         self.received += len(payload)
         self.last_data = now
         assert self.handler is not None
+        # Until the handler has said what it keeps, it keeps everything: what it sends meanwhile tells the window.
+        self.rx.held += len(payload)
         kept = self.handler.data(payload, now)
-        self.rx.held += kept
+        self.rx.held -= len(payload) - kept
         return kept > 0
 
     def _acknowledge_later(self) -> None:
