@@ -73,7 +73,7 @@ class RangeSet:
         """Remove every integer of [start, end)."""
         first = bisect_right(self._ends, start)
         last = bisect_left(self._starts, end)
-        if first >= last:
+        if first >= last or start >= end:
             return
         self.total -= self.count_between(start, end)
         left, right = self._starts[first], self._ends[last - 1]
@@ -116,7 +116,7 @@ class RangeSet:
         """How many integers of the set lie in [start, end)."""
         first = bisect_right(self._ends, start)
         last = bisect_left(self._starts, end)
-        if first >= last:
+        if first >= last or start >= end:
             return 0
         total = sum(self._ends[first:last]) - sum(self._starts[first:last])
         return total - max(start - self._starts[first], 0) - max(self._ends[last - 1] - end, 0)
