@@ -46,19 +46,20 @@ class _Negotiation:
     def __init__(self, sock: socket.socket, dialogue: Dialogue) -> None:
         self._loop = asyncio.get_running_loop()
         self._sock = sock
+        self._fd = sock.fileno()  # asyncio formats a socket object for every one it does not know yet
         self._dialogue = dialogue
         self._unsent = b""
         self._over: asyncio.Future[None] = self._loop.create_future()
 
     async def run(self) -> None:
         self._send(self._dialogue.start())
-        self._loop.add_reader(self._sock, self._on_readable)
+        self._loop.add_reader(self._fd, self._on_readable)
         await self._over
 
     def stop(self) -> None:
-        self._loop.remove_reader(self._sock)
+        self._loop.remove_reader(self._fd)
         if self._unsent:
-            self._loop.remove_writer(self._sock)
+            self._loop.remove_writer(self._fd)
 
     def _on_readable(self) -> None:
         if self._over.done():
@@ -94,12 +95,12 @@ class _Negotiation:
             except OSError as error:
                 raise _failed(f"it broke the connection: {error.strerror}") from None
             if data:
-                self._loop.add_writer(self._sock, self._on_writable)
+                self._loop.add_writer(self._fd, self._on_writable)
         self._unsent += data
 
     def _on_writable(self) -> None:
         data, self._unsent = self._unsent, b""
-        self._loop.remove_writer(self._sock)
+        self._loop.remove_writer(self._fd)
         try:
             self._send(data)
         except OutboundError as error:

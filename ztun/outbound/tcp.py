@@ -97,7 +97,7 @@ class _Race:
         """Close what is left: the losers, and the winner too if nobody took it because we were cancelled."""
         self._stop_timer()
         for sock in self._pending:
-            self._loop.remove_writer(sock)
+            self._loop.remove_writer(sock.fileno())
             sock.close()
         self._pending.clear()
         if self._winner is not None:
@@ -134,12 +134,12 @@ class _Race:
             return False
         if number == errno.EINPROGRESS:
             self._pending.add(sock)
-            self._loop.add_writer(sock, self._on_writable, sock)
+            self._loop.add_writer(sock.fileno(), self._on_writable, sock)
             return True
         return self._settle(sock, number)
 
     def _on_writable(self, sock: socket.socket) -> None:
-        self._loop.remove_writer(sock)
+        self._loop.remove_writer(sock.fileno())
         self._pending.discard(sock)
         self._settle(sock, sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
         self._start_next()
