@@ -218,10 +218,10 @@ DIFFERENCES = [
         ),
     ),
     Difference(
-        "TIME-WAIT does not answer a bare ACK that is where it should be",
+        "TIME-WAIT does not answer an empty segment that is where it should be",
         "Whatever its timestamp: the client may be in TIME-WAIT too, and two ends must not answer each other for ever.",
         lambda case: (
-            (step := _segment(case, having=ACK, lacking=RST | SYN | FIN)) is not None
+            (step := _segment(case, lacking=RST | SYN | FIN)) is not None
             and step.stamp == "old" and not step.length and case.facts.eof and case.ztun.ack is None
             and Application("shutdown") in [step for step, _ in case.before]
         ),
@@ -304,6 +304,14 @@ PARTINGS = [
                 any(facts.nxt <= fin < facts.start + step.length for fin in _fins(before))
                 or any(facts.nxt <= fin < _furthest(before, facts.edge) for fin in _fins([(step, facts)]))
             )
+        ),
+    ),
+    Parting(
+        "in SYN-RECEIVED the SYN again, now with an ACK",
+        "The kernel cuts the SYN off and takes the ACK. RFC 9293 section 3.10.7.4 ends with the SYN: we challenge it.",
+        lambda script, step, facts, before: (
+            isinstance(step, Segment) and step.flags & (SYN | ACK | RST) == SYN | ACK
+            and facts.opened and not facts.established and facts.start == facts.nxt - 1
         ),
     ),
     Parting(
