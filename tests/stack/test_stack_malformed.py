@@ -58,7 +58,7 @@ def short_tcp(words: int) -> bytes:
         (v4(bytes(30), total=60), "ip-length"),
         (v4(bytes(40), total=39), "ip-length"),
         (v6(bytes(30), total=31), "ip-length"),
-        (v6(bytes(19)), "ip-truncated"),
+        (v6(bytes(19)), "tcp-length"),
         (v4(bytes(20), check=1), "ip-checksum"),
         (v4(bytes(20), _UDP, check=1), "ip-checksum"),
         (syn(corrupt=1), "tcp-checksum"),

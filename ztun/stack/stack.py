@@ -109,27 +109,36 @@ class Stack:
 
     def receive(self, packet: memoryview, now: float) -> bool:
         """Take one packet, virtio_net_hdr first. Returns True when its buffer is still in use afterwards."""
+        if len(packet) < _IP + 20:
+            self.drop("ip-truncated")
+            return False
         try:
-            if packet[_IP] == 0x45 and packet[_IP + 9] == ip.TCP:
-                return self._receive_tcp4(packet, now)
-            if packet[_IP] >> 4 == 6 and packet[_IP + 6] == ip.TCP:
-                return self._receive_tcp6(packet, now)
-            if packet[_IP] == 0x45 and packet[_IP + 9] == ip.UDP:
-                self._receive_udp4(packet, now)
-            elif packet[_IP] >> 4 == 6 and packet[_IP + 6] == ip.UDP:
-                self._receive_udp6(packet, now)
-            else:
-                self._receive_other(packet, now)
+            return self._dispatch(packet, now)
         except ip.MalformedError as malformed:
             self.drop(str(malformed))
-        except (IndexError, struct.error):
-            self.drop("ip-truncated")
+            return False
+
+    def _dispatch(self, packet: memoryview, now: float) -> bool:
+        """The short ways are for headers without options or extensions, and for packets that hold them whole."""
+        size = len(packet)
+        if packet[_IP] == 0x45:
+            protocol = packet[_IP + 9]
+            if protocol == ip.TCP and size >= _FAST4.size:
+                return self._receive_tcp4(packet, now)
+            if protocol == ip.UDP and size >= _FAST_UDP4.size:
+                self._receive_udp4(packet, now)
+                return False
+        elif packet[_IP] >> 4 == 6:
+            following = packet[_IP + 6]
+            if following == ip.TCP and size >= _FAST6.size:
+                return self._receive_tcp6(packet, now)
+            if following == ip.UDP and size >= _FAST_UDP6.size:
+                self._receive_udp6(packet, now)
+                return False
+        self._receive_other(packet, now)
         return False
 
     def _receive_tcp4(self, packet: memoryview, now: float) -> bool:
-        if len(packet) < _FAST4.size:  # the last fragment of something, most likely
-            self._receive_other(packet, now)
-            return False
         flags, _, total, _, frag, _, _, _, key, seq, ack, bits, window, _, _ = _FAST4.unpack_from(packet)
         end = _IP + total
         if frag & 0x3FFF:
@@ -301,9 +310,6 @@ class Stack:
     # UDP.
 
     def _receive_udp4(self, packet: memoryview, now: float) -> None:
-        if len(packet) < _FAST_UDP4.size:  # the last fragment of something, most likely
-            self._receive_other(packet, now)
-            return
         flags, _, total, _, frag, _, _, _, key, length, _ = _FAST_UDP4.unpack_from(packet)
         if frag & 0x3FFF or not flags & vnet.CHECKED or not ip.is_unicast(key[:4]) or key[4] >= 224:
             self._receive_other(packet, now)
@@ -408,12 +414,15 @@ class Stack:
             return
         mtu = int.from_bytes(message[4:8] if version == 6 else message[6:8], "big")
         quoted = message[8:]
-        size = 40 if version == 6 else (quoted[0] & 15) * 4
+        size = 40 if version == 6 or not quoted else (quoted[0] & 15) * 4
+        if len(quoted) < size + 8 or size < 20:
+            self.drop("icmp-truncated")
+            return
         protocol = quoted[6] if version == 6 else quoted[9]
         ports = quoted[size : size + 4]
         addresses = quoted[8:40] if version == 6 else quoted[12:20]
         conn = self.connections.get(reverse(bytes(addresses) + bytes(ports)))
-        if protocol != ip.TCP or conn is None or len(quoted) < size + 8:
+        if protocol != ip.TCP or conn is None:
             self.drop("icmp-error")
             return
         seq = int.from_bytes(quoted[size + 4 : size + 8], "big")
