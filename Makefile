@@ -4,7 +4,7 @@ PYTHON ?= /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := python3 python3-bpfcc python3-venv linux-libc-dev iproute2 curl procps openssl util-linux \
-	dante-server microsocks tinyproxy dnsmasq-base nginx-light bind9-dnsutils \
+	'?dante-server' microsocks tinyproxy dnsmasq-base nginx-light bind9-dnsutils \
 	iperf3 wrk bpftool nftables tcpdump ethtool iputils-ping netcat-openbsd socat
 SYSTEM_STAMP := $(VENV)/.system
 DEV_STAMP := $(VENV)/.dev
@@ -15,15 +15,15 @@ FUZZ_STAMP := $(VENV)/.fuzz
 
 setup: $(DEV_STAMP)
 
-# Debian packages that dpkg does not know as installed.
+# Debian packages that dpkg does not know as installed; ? in front: where there is such a package.
 $(SYSTEM_STAMP): Makefile packaging/install-packages
 	packaging/install-packages $(PACKAGES)
 	@mkdir -p $(VENV) && touch $@
 
-# System site packages, since that is where Debian's bcc lives.
+# System site packages, since that is where Debian's bcc lives. Debian 13 has no Dante: sing-box is in its place.
 $(DEV_STAMP): $(SYSTEM_STAMP) pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv --system-site-packages $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev$$(command -v danted >/dev/null || echo ,sing-box)]"
 	@touch $@
 
 $(BENCH_STAMP): $(DEV_STAMP)

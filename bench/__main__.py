@@ -21,6 +21,7 @@ from bench.servers import start_servers
 from bench.subjects import OURS, SUBJECTS
 from bench.table import Samples, make_table, verdict
 from ztun.lab import Lab
+from ztun.lab.servers import SOCKS_UDP
 
 RESULTS = Path(__file__).parent / "results"
 _DESCRIPTORS = 65_536  # 10,000 flows; sing-tun system has two sockets for each
@@ -61,7 +62,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of each measurement")
     parser.add_argument("--quick", action="store_true", help="one round of a second each, about two minutes")
     parser.add_argument("--rows", default=",".join(ROWS), help="some of %(default)s")
-    parser.add_argument("--proxy", choices=["danted", "microsocks"], help="for all rows that use a real one")
+    parser.add_argument("--proxy", choices=[SOCKS_UDP, "microsocks"], help="for all rows that use a real one")
     parser.add_argument("--window", type=int, default=256, help="datagrams under way; 0 floods")
     parser.add_argument("--memory-rounds", type=int, default=1, help="memory hardly varies")
     parser.add_argument("--ipv6", action="store_true")

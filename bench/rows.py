@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from bench.measure import Cells, Run, connections, latency, memory, requests, throughput, udp
+from ztun.lab.servers import SOCKS_UDP
 
 
 class Row(NamedTuple):
@@ -26,12 +27,12 @@ class Line(NamedTuple):
 
 
 ROWS: dict[str, Row] = {
-    "throughput": Row(throughput, "danted"),
-    "requests": Row(requests, "danted"),
-    "latency": Row(latency, "danted"),
+    "throughput": Row(throughput, SOCKS_UDP),
+    "requests": Row(requests, SOCKS_UDP),
+    "latency": Row(latency, SOCKS_UDP),
     "udp": Row(udp, "sink"),
     "connections": Row(connections, "microsocks"),
-    "cpu": Row(throughput, "danted"),
+    "cpu": Row(throughput, SOCKS_UDP),
     "memory": Row(memory, "sink"),
 }
 LINES: dict[str, Line] = {

@@ -14,9 +14,10 @@ from bench import sink
 from bench.peer import MTU
 from ztun.lab import Lab, plan
 from ztun.lab.namespace import wait_until
+from ztun.lab.servers import SOCKS_UDP
 
 TABLE = 100
-PROXIES = {"danted": plan.SOCKS_UDP_PORT, "microsocks": plan.SOCKS_PORT, "sink": sink.PORT}
+PROXIES = {SOCKS_UDP: plan.SOCKS_UDP_PORT, "microsocks": plan.SOCKS_PORT, "sink": sink.PORT}
 READY_DEADLINE = 15.0  # seconds
 
 Subject = Callable[[Lab, str], AbstractContextManager[int | None]]

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from e2e.traffic import read_all
-from ztun.lab import Lab, plan
+from ztun.lab import Lab, plan, servers
 from ztun.lab.snapshot import differences, snapshot
 
 CREDENTIALS = f"{plan.PROXY_USER}:{plan.PROXY_PASSWORD}"
 PROXIES = {
     "microsocks": f"socks5h://{plan.UPSTREAM4}:{plan.SOCKS_PORT}",
     "microsocks with a password": f"socks5h://{CREDENTIALS}@{plan.UPSTREAM4}:{plan.SOCKS_AUTH_PORT}",
-    "danted": f"socks5h://{plan.UPSTREAM4}:{plan.SOCKS_UDP_PORT}",
+    servers.SOCKS_UDP: f"socks5h://{plan.UPSTREAM4}:{plan.SOCKS_UDP_PORT}",
     "tinyproxy": f"http://{plan.UPSTREAM4}:{plan.HTTP_PROXY_PORT}",
     "tinyproxy with a password": f"http://{CREDENTIALS}@{plan.UPSTREAM4}:{plan.HTTP_PROXY_AUTH_PORT}",
 }

@@ -38,14 +38,14 @@ def microsocks_auth(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 
 @pytest.fixture(scope="session")
-def dante(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    with peers.dante(tmp_path_factory.mktemp("dante")) as port:
+def socks_udp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with peers.socks_udp(tmp_path_factory.mktemp("socks_udp")) as port:
         yield port
 
 
 @pytest.fixture(scope="session")
-def dante_auth(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    with peers.dante(tmp_path_factory.mktemp("dante"), auth=True) as port:
+def socks_udp_auth(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with peers.socks_udp(tmp_path_factory.mktemp("socks_udp"), auth=True) as port:
         yield port
 
 

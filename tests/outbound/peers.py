@@ -13,6 +13,9 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+from ztun.lab import servers, sing_box
+from ztun.ports import Failure
+
 LONG_NAME = ".".join(("a" * 63, "b" * 63, "c" * 63, "d" * 61))  # 253 characters, the longest name there is
 HOSTS = f"""\
 127.0.0.1 localhost four.example
@@ -25,6 +28,8 @@ SHADOW = (
     f"{USER}:$6$ztun$Al2vWkk7GAKVxN5mSbuLTiJyGDjDAK4Pfm4FU"
     "UdMTDuCzbW4Gy8NRDF9bfooOg/tubuwJ0WVqYEqzc.ly0IOQ1:19000::::::\n"
 )
+# What a ruleset says no with: Dante with reply 2 of RFC 1928, section 6, sing-box with 1, "general failure".
+FORBIDDEN = Failure.PROHIBITED if servers.SOCKS_UDP == "danted" else Failure.PROXY_FAILED
 
 
 def free_port() -> int:
@@ -79,9 +84,19 @@ def microsocks(directory: Path, *, auth: bool = False, host: str = "127.0.0.1") 
 
 
 @contextlib.contextmanager
-def dante(directory: Path, *, auth: bool = False) -> Iterator[int]:
-    """Dante's SOCKS5 server; it blocks 127.0.0.66. Gives its port."""
+def socks_udp(directory: Path, *, auth: bool = False) -> Iterator[int]:
+    """A SOCKS5 server that can do UDP, Dante or else sing-box; it forbids 127.0.0.66. Gives its port."""
     port = free_port()
+    make = _dante if servers.SOCKS_UDP == "danted" else _sing_box
+    with program(directory, port, *make(directory, port, auth)):
+        yield port
+
+
+def _sing_box(directory: Path, port: int, auth: bool) -> list[str]:
+    return sing_box.command(directory, "127.0.0.1", port, {USER: PASSWORD} if auth else None, ["127.0.0.66/32"])
+
+
+def _dante(directory: Path, port: int, auth: bool) -> list[str]:
     (directory / "danted.conf").write_text(f"""\
 logoutput: {directory}/danted.log
 internal: 127.0.0.1 port = {port}
@@ -95,9 +110,7 @@ client pass {{ from: 0.0.0.0/0 to: 0.0.0.0/0 }}
 socks block {{ from: 0.0.0.0/0 to: 127.0.0.66/32 }}
 socks pass {{ from: 0.0.0.0/0 to: 0.0.0.0/0 command: connect udpassociate udpreply }}
 """)
-    command = ("danted", "-f", str(directory / "danted.conf"), "-p", str(directory / "danted.pid"))
-    with program(directory, port, *command):
-        yield port
+    return ["danted", "-f", str(directory / "danted.conf"), "-p", str(directory / "danted.pid")]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Datagrams through SOCKS5 (RFC 1928, sections 4, 6 and 7): Dante, and relays that misbehave."""
+"""Datagrams through SOCKS5 (RFC 1928, sections 4, 6 and 7): Dante or sing-box, and relays that misbehave."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def granted(port: int, address: bytes = b"\x01\x7f\x00\x00\x01") -> Step:
     return says(b"\x05\x00\x00" + address + port.to_bytes(2, "big"))
 
 
-@pytest.mark.parametrize(("kind", "user", "password"), [("dante", None, None), ("dante_auth", USER, PASSWORD)])
-async def test_dante_relays_by_address_and_by_name(
+@pytest.mark.parametrize(("kind", "user", "password"), [("socks_udp", None, None), ("socks_udp_auth", USER, PASSWORD)])
+async def test_a_socks5_server_relays_by_address_and_by_name(
     sockets: Sockets, request: pytest.FixtureRequest, seen: Link, kind: str, user: str | None, password: str | None
 ) -> None:
     way = outbound(sockets, "socks5", request.getfixturevalue(kind), username=user, password=password)
@@ -81,16 +81,16 @@ async def test_dante_relays_by_address_and_by_name(
     link.close()
 
 
-async def test_dante_with_the_longest_name(sockets: Sockets, dante: int, seen: Link) -> None:
-    link = await seen.open(outbound(sockets, "socks5", dante))
+async def test_a_socks5_server_relays_to_the_longest_name(sockets: Sockets, socks_udp: int, seen: Link) -> None:
+    link = await seen.open(outbound(sockets, "socks5", socks_udp))
     with echo() as (_, port):
         link.send(Destination(LONG_NAME, port), b"x")
         await until(lambda: seen.heard == [(LONG_NAME, port, b"x")])
     link.close()
 
 
-async def test_two_hundred_datagrams_through_dante(sockets: Sockets, dante: int, seen: Link) -> None:
-    link = await seen.open(outbound(sockets, "socks5", dante))
+async def test_two_hundred_datagrams_through_a_socks5_server(sockets: Sockets, socks_udp: int, seen: Link) -> None:
+    link = await seen.open(outbound(sockets, "socks5", socks_udp))
     with echo() as address:
         for number in range(200):
             link.send(Destination(*address), b"%d" % number)
@@ -102,7 +102,7 @@ async def test_two_hundred_datagrams_through_dante(sockets: Sockets, dante: int,
 async def test_the_association_ends_with_its_control_connection(
     sockets: Sockets, tmp_path_factory: pytest.TempPathFactory, seen: Link
 ) -> None:
-    with peers.dante(tmp_path_factory.mktemp("dying")) as port:
+    with peers.socks_udp(tmp_path_factory.mktemp("dying")) as port:
         way = outbound(sockets, "socks5", port)
         link = await seen.open(way)
     await until(lambda: seen.died)

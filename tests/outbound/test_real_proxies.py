@@ -1,4 +1,4 @@
-"""Connections through real proxies: microsocks, Dante, tinyproxy."""
+"""Connections through real proxies: microsocks, Dante or sing-box (`socks_udp`), tinyproxy."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ async def test_a_proxy_given_by_name_is_resolved_by_us(sockets: Sockets, microso
         await converse(await way.connect(Destination("four.example", port)))
 
 
-@pytest.mark.parametrize("kind", ["microsocks_auth", "dante_auth"])
+@pytest.mark.parametrize("kind", ["microsocks_auth", "socks_udp_auth"])
 async def test_socks5_with_username_and_password(sockets: Sockets, request: pytest.FixtureRequest, kind: str) -> None:
     way = outbound(sockets, "socks5", request.getfixturevalue(kind), username=USER, password=PASSWORD)
     async with banner_server() as port:
         await converse(await way.connect(Destination("four.example", port)))
 
 
-@pytest.mark.parametrize("kind", ["microsocks_auth", "dante_auth"])
+@pytest.mark.parametrize("kind", ["microsocks_auth", "socks_udp_auth"])
 @pytest.mark.parametrize(("username", "password"), [(USER, "wrong"), ("nobody", PASSWORD), (None, None)])
 async def test_socks5_with_wrong_or_no_credentials(
     sockets: Sockets, request: pytest.FixtureRequest, kind: str, username: str | None, password: str | None
@@ -64,13 +64,15 @@ async def test_socks5_with_wrong_or_no_credentials(
 
 
 @pytest.mark.parametrize("host", NAMES)
-async def test_dante_carries_a_conversation(sockets: Sockets, dante: int, host: str) -> None:
-    way = outbound(sockets, "socks5", dante)
+async def test_socks5_server_that_can_do_udp_carries_a_conversation(
+    sockets: Sockets, socks_udp: int, host: str
+) -> None:
+    way = outbound(sockets, "socks5", socks_udp)
     async with banner_server() as port:
         await converse(await way.connect(Destination(host, port)))
 
 
-@pytest.mark.parametrize("kind", ["microsocks", "dante"])
+@pytest.mark.parametrize("kind", ["microsocks", "socks_udp"])
 async def test_socks5_tells_that_the_destination_refused(
     sockets: Sockets, request: pytest.FixtureRequest, kind: str
 ) -> None:
@@ -79,9 +81,9 @@ async def test_socks5_tells_that_the_destination_refused(
     assert error.failure is Failure.REFUSED
 
 
-async def test_dante_tells_that_its_ruleset_forbids(sockets: Sockets, dante: int) -> None:
-    error = await refused(outbound(sockets, "socks5", dante), "127.0.0.66")
-    assert error.failure is Failure.PROHIBITED
+async def test_socks5_tells_that_its_ruleset_forbids(sockets: Sockets, socks_udp: int) -> None:
+    error = await refused(outbound(sockets, "socks5", socks_udp), "127.0.0.66")
+    assert error.failure is peers.FORBIDDEN
 
 
 @pytest.mark.parametrize("host", NAMES)

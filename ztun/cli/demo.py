@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from ztun.errors import ZtunError
 from ztun.lab import Lab, Ztun, plan
+from ztun.lab.servers import SOCKS_UDP
 
 RULES: list[dict[str, Any]] = [
     {"domain_suffix": ["direct.test"], "outbound": "direct"},
@@ -72,7 +73,7 @@ class Demo:
         self._say(
             f"client {plan.CLIENT4} ── gateway {plan.GATEWAY_LAN4} | {plan.GATEWAY_WAN4} ── internet {plan.UPSTREAM4}"
         )
-        self._say(f"nginx on {plan.SITE4} and {plan.DIRECT4}; microsocks, danted, tinyproxy on {plan.UPSTREAM4}")
+        self._say(f"nginx on {plan.SITE4} and {plan.DIRECT4}; microsocks, {SOCKS_UDP}, tinyproxy on {plan.UPSTREAM4}")
         self._page("without ztun the gateway just routes", f"http://{plan.SITE4}/", _CLIENT)
 
         self._title("ztun up --config FILE, on the gateway")

@@ -68,7 +68,7 @@ CLOSED_PORT = 7999  # nobody listens
 
 SOCKS_PORT = 1080  # microsocks
 SOCKS_AUTH_PORT = 1081  # microsocks, user and password below
-SOCKS_UDP_PORT = 1082  # danted, with UDP ASSOCIATE
+SOCKS_UDP_PORT = 1082  # danted, or sing-box where there is none: with UDP ASSOCIATE
 HTTP_PROXY_PORT = 3128  # tinyproxy
 HTTP_PROXY_AUTH_PORT = 3129  # tinyproxy, user and password below
 PROXY_USER = "lab"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ztun.lab import plan
+from ztun.lab import plan, sing_box
 from ztun.lab.namespace import run
+
+SOCKS_UDP = "danted" if shutil.which("danted") else "sing-box"
+"""The program on plan.SOCKS_UDP_PORT: Debian has had no Dante since 13."""
+LARGEST_DATAGRAM = 65_000 if SOCKS_UDP == "danted" else sing_box.LARGEST_DATAGRAM
+"""Bytes of payload that it carries either way."""
 
 
 class Server(NamedTuple):
@@ -27,7 +33,7 @@ def servers(directory: Path) -> Iterator[Server]:
     credentials = ["-u", plan.PROXY_USER, "-P", plan.PROXY_PASSWORD]
     auth = ["microsocks", "-i", "::", "-p", str(plan.SOCKS_AUTH_PORT), *credentials]
     yield Server("microsocks-auth", auth, (plan.SOCKS_AUTH_PORT,))
-    yield _danted(directory)
+    yield _danted(directory) if SOCKS_UDP == "danted" else _sing_box(directory)
     yield _tinyproxy(directory, plan.HTTP_PROXY_PORT, None)
     yield _tinyproxy(directory, plan.HTTP_PROXY_AUTH_PORT, f"{plan.PROXY_USER} {plan.PROXY_PASSWORD}")
     journal = str(directory / "journal")
@@ -127,6 +133,11 @@ def _danted(directory: Path) -> Server:
     path.write_text(_DANTED.format(directory=directory, address=plan.UPSTREAM4, address6=plan.UPSTREAM6, port=port))
     argv = ["danted", "-N", "1", "-f", str(path), "-p", str(directory / "danted.pid")]
     return Server("danted", argv, (port,))
+
+
+def _sing_box(directory: Path) -> Server:
+    port = plan.SOCKS_UDP_PORT
+    return Server("sing-box", sing_box.command(directory, plan.UPSTREAM4, port), (port,))
 
 
 def _tinyproxy(directory: Path, port: int, credentials: str | None) -> Server:
