@@ -1,4 +1,4 @@
-# Every target installs first what it needs: `make demo` on a fresh Debian 12 is all it takes.
+# Every target installs first what it needs: `make demo` on a fresh Debian 12 or newer is all it takes.
 # Run as root, since namespaces, TUN and BPF need it.
 PYTHON ?= /usr/bin/python3
 VENV := .venv
