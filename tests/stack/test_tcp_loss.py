@@ -38,6 +38,22 @@ def test_the_timer_follows_the_round_trip(client: Client) -> None:
     client.hears(ACK, b"data", seq=1)
 
 
+@pytest.mark.parametrize("lost", [1, 3])
+def test_after_a_lost_handshake_the_timer_begins_with_three_seconds(client: Client, lost: int) -> None:
+    """RFC 6298 5.7, however far it had backed off."""
+    client.opens()
+    for i in range(lost + 1):
+        client.hears(0x12)
+        client.waits(2**i if i < lost else 0.1)
+    client.says(ACK)
+    client.app.sends(b"data")
+    client.hears(ACK, b"data")
+    client.waits(2.999)
+    client.hears_nothing()
+    client.waits(0.001)
+    client.hears(ACK, b"data", seq=1)
+
+
 def test_it_backs_off_then_gives_up(talk: Callable[..., Client]) -> None:
     client = talk(data_retries=5, max_rto=2.0)
     app = client.connects()

@@ -405,10 +405,15 @@ class Connection:
         return True
 
     def _measure(self, echo: int, now: float) -> None:
-        """An echoed timestamp tells which transmission was answered, so Karn's doubt ends (RFC 7323 section 4.2)."""
+        """An echoed timestamp tells which transmission was answered, so Karn's doubt ends (RFC 7323 section 4.2).
+
+        It is no better than the time-out, though: when the answer was lost, the wait for a second one is part of it.
+        """
+        rtt = self.tx.rtt
         elapsed = (self._stamp(now) - echo) & MASK
         if elapsed < 60_000:
-            self.tx.rtt.sample(elapsed / 1000)
+            rtt.restore()
+            rtt.sample(min(elapsed / 1000, rtt.rto))
 
     def _establish(self, seq: int, ack: int, now: float) -> None:
         self.state = State.ESTABLISHED
@@ -416,6 +421,8 @@ class Connection:
         self.tx.rto_at = None
         if self.tx.retries == 0:
             self.tx.rtt.sample(now - self._opened_at)
+        else:
+            self.tx.rtt.begin_after_loss()
         self.tx.retries = 0
         self.stack.established()
         self.last_data = now

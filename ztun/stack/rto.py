@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _GRANULARITY = 0.001
+_AFTER_LOST_SYN = 3.0
 
 
 class RttEstimator:
@@ -36,6 +37,11 @@ class RttEstimator:
         """Double the time-out after it expired (5.5)."""
         self.rto = min(self.rto * 2, self._maximum)
         self.backed_off = True
+
+    def begin_after_loss(self) -> None:
+        """The handshake took retransmissions, so nothing was measured and data begins (5.7)."""
+        self.rto = max(self._initial, _AFTER_LOST_SYN)
+        self.backed_off = False
 
     def restore(self) -> None:
         """The time-out as it is without back-off (2.2, 2.3)."""

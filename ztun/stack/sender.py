@@ -44,9 +44,9 @@ class Sender:
 
     __slots__ = (
         "_conn", "_duplicates", "_entered_at", "_last_step", "_limited", "_lost", "_marked_until", "_max_wnd",
-        "_probing", "_recover", "_resent", "_tail_probe", "_tail_probed", "_timed_at", "_timed_seq", "_wl1", "_wl2",
-        "cc", "fin_queued", "largest", "last_send", "limit", "mss", "nxt", "queue", "recovery", "retransmits",
-        "retries", "rto_at", "rtt", "sacked", "una", "wnd",
+        "_probing", "_recover", "_resent", "_tail_probe", "_tail_probed", "_timed_at", "_timed_from", "_timed_seq",
+        "_wl1", "_wl2", "cc", "fin_queued", "largest", "last_send", "limit", "mss", "nxt", "queue", "recovery",
+        "retransmits", "retries", "rto_at", "rtt", "sacked", "una", "wnd",
     )  # fmt: skip
 
     def __init__(self, conn: Connection, first: int, mss: int) -> None:
@@ -79,6 +79,7 @@ class Sender:
         self._resent: deque[_Resent] = deque()  # retransmissions under way, in the order they were sent
         self._tail_probe = False  # rto_at is the time of a tail loss probe
         self._tail_probed = False  # one was sent since the last progress
+        self._timed_from = first
         self._timed_seq: int | None = None
         self._timed_at = 0.0
         self._limited = False  # the congestion window, not the application, held data back
@@ -175,11 +176,13 @@ class Sender:
             flags |= tcp.PSH
         if end > self.nxt:
             if self._timed_seq is None and seq == self.nxt:
-                self._timed_seq, self._timed_at = end, now
+                self._timed_from, self._timed_seq, self._timed_at = seq, end, now
             self.nxt = end
         else:
             self.retransmits += 1
-            self._timed_seq = None  # Karn: an ACK could answer either transmission
+            # Karn: an ACK could answer either transmission. Without SACK it also waits for what is missing before it.
+            if end > self._timed_from or not self._conn.sack_permitted:
+                self._timed_seq = None
         views = self.queue.views(seq, payload) if payload else []
         self._conn.emit(seq, flags, payload, views, now)
         self.last_send = now
@@ -227,7 +230,7 @@ class Sender:
             self.retries = 0
         if self._probing and (ack > self.una or self.wnd):
             self._end_probing(ack)
-        news = self._take_sack(sack) if sack else False
+        news = self._take_sack(sack, now) if sack else False
         if ack > self.una:
             self._advance(ack, now)
         elif (
@@ -243,12 +246,15 @@ class Sender:
         if self.unsent() > 0 or self.recovery is not Recovery.NONE:
             self.transmit(now)
 
-    def _take_sack(self, sack: tuple[tuple[int, int], ...]) -> bool:
+    def _take_sack(self, sack: tuple[tuple[int, int], ...], now: float) -> bool:
         before = self.sacked.total
         for start, end in sack:
             if self.una < start < end <= self.nxt and len(self.sacked) < _MAX_RANGES:
                 self.sacked.add(start, end)
                 self._lost.remove(start, end)
+                if self._timed_seq is not None and start < self._timed_seq <= end:
+                    self.rtt.sample(now - self._timed_at)
+                    self._timed_seq = None
         return self.sacked.total > before
 
     def _advance(self, ack: int, now: float) -> None:
