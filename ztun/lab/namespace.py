@@ -50,7 +50,9 @@ class Namespace:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        if Path("/run/netns", self.name).exists():
+        if (path := Path("/run/netns", self.name)).exists():
+            # What a ztun that was killed here could not remove itself (ztun.control.lock).
+            Path("/run", f"ztun-net-{path.stat().st_ino}.lock").unlink(missing_ok=True)
             for pid in run(["ip", "netns", "pids", self.name], check=False).stdout.split():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), 9)
