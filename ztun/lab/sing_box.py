@@ -1,4 +1,7 @@
-"""sing-box as a SOCKS5 server that can do UDP ASSOCIATE, where Debian has no Dante: 13 and later."""
+"""sing-box as a SOCKS5 server that can do UDP ASSOCIATE, where Debian has no Dante: 13 and later.
+
+It resolves the name in the first datagram of an association only: datagrams to further names there are lost.
+"""
 
 from __future__ import annotations
 
