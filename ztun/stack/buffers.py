@@ -49,14 +49,14 @@ class BufferPool:
 
     def release(self, buffer: memoryview) -> None:
         """Give a buffer back. The caller promises that no view of it is read any more."""
-        if len(self) < self.most:
+        if len(self._free) + len(self._retired) < self.most:
             self._free.append(buffer)
         else:
             self.freed += 1
 
     def retire(self, buffer: memoryview) -> None:
         """Give back a buffer whose views only the packets in the outbox may still hold."""
-        if len(self) < self.most:
+        if len(self._free) + len(self._retired) < self.most:
             self._retired.append(buffer)
         else:
             self.freed += 1

@@ -108,7 +108,7 @@ class Sender:
 
     def has_holes(self) -> bool:
         """The peer misses something, as far as its ACKs can tell: each of them may make room, also one that repeats."""
-        return bool(self.recovery is not Recovery.NONE or self.sacked or self._duplicates)
+        return bool(self.sacked.total or self._duplicates or self.recovery is not Recovery.NONE)
 
     def _room_beside_holes(self, queued: int) -> int:
         """New data keeps the ACKs coming before loss is certain (RFC 3042) and when there is nothing left to
@@ -193,6 +193,7 @@ class Sender:
         """Set the timer: for a tail loss probe where that is possible and sooner, else for retransmission."""
         rtt = self.rtt
         wait = rtt.rto
+        flight = self.nxt - self.una
         self._tail_probe = False
         if (
             rtt.srtt is not None
@@ -201,11 +202,11 @@ class Sender:
             and self.recovery is Recovery.NONE
             and self._conn.sack_permitted
             and self.wnd
-            and self.flight()
-            and not self.sacked
+            and flight
+            and not self.sacked.total
         ):
             # RFC 8985 section 7.2; a single segment's ACK may be delayed.
-            probe = 2 * rtt.srtt + (_MAX_ACK_DELAY if self.flight() <= self.mss else _TICK)
+            probe = 2 * rtt.srtt + (_MAX_ACK_DELAY if flight <= self.mss else _TICK)
             if probe < wait:
                 wait = probe
                 self._tail_probe = True
@@ -241,7 +242,7 @@ class Sender:
             self._duplicates += 1  # RFC 6675 section 2: with SACK an ACK that brings news; else RFC 5681 section 2
         if self.recovery is not Recovery.NONE:
             self._mark_lost(now)
-        elif self._is_loss():
+        elif (self.sacked.total or self._duplicates or self._lost.total) and self._is_loss():
             self._enter_fast_recovery(now)
         if self.unsent() > 0 or self.recovery is not Recovery.NONE:
             self.transmit(now)
@@ -265,9 +266,9 @@ class Sender:
             self._timed_seq = None
         self.una = ack
         self.queue.acknowledge(min(ack, self.queue.end))
-        if self.sacked:
+        if self.sacked.total:
             self.sacked.discard_below(ack)
-        if self._lost:
+        if self._lost.total:
             self._lost.discard_below(ack)
         if self.recovery is Recovery.NONE:
             self._duplicates = 0
@@ -390,10 +391,10 @@ class Sender:
 
     def _pipe(self) -> int:
         """An estimate of the bytes still in the network (RFC 6675, SetPipe)."""
-        pipe = self.flight() - self.sacked.total - self._lost.total
+        pipe = self.nxt - self.una - self.sacked.total - self._lost.total
         if self._duplicates and self.recovery is not Recovery.LOSS and not self._conn.sack_permitted:
             pipe -= self._duplicates * self.mss  # each says that one segment has left the network
-        return max(pipe, 0)
+        return pipe if pipe > 0 else 0
 
     def _retransmit_first(self, now: float) -> None:
         """Send the first hole at once, whatever the congestion window says (RFC 6675 section 5 step 4.3)."""
