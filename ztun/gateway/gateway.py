@@ -138,7 +138,7 @@ class Gateway:
         task = self._loop.create_task(self._dial(conn, route, route.outbound))
         conn.handler = Dial(task)
         self._dials.add(task)
-        task.add_done_callback(self._dials.discard)
+        task.add_done_callback(lambda ended: self._dial_ended(ended, conn, route))
 
     def udp_received(self, datagram: Datagram, now: float) -> None:
         self._udp.receive(datagram, now)
@@ -157,13 +157,20 @@ class Gateway:
         except OutboundError as error:
             self._dial_failed(conn, route, outbound, error)
             self._release(conn, route)
-        except BaseException:
-            self._release(conn, route)
+        except BaseException as error:
+            if not isinstance(error, asyncio.CancelledError):  # then _dial_ended does
+                self._release(conn, route)
             conn.abort(self.engine.now())
             self.engine.send()
             raise
         else:
             self._connected(conn, route, outbound, sock)
+
+    def _dial_ended(self, task: asyncio.Task[None], conn: Connection, route: Route) -> None:
+        """A task that is cancelled before it began never runs: only here can what it would release be released."""
+        self._dials.discard(task)
+        if task.cancelled():
+            self._release(conn, route)
 
     def _connected(self, conn: Connection, route: Route, outbound: Outbound, sock: socket.socket) -> None:
         if conn.is_closed:
