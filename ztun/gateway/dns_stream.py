@@ -9,6 +9,7 @@ from ztun.gateway.engine import Engine
 from ztun.stack import Closed, Connection
 
 _MAX_BUFFERED = 4 * 65535  # bytes of queries that wait; who sends more without reading answers is cut off
+_MAX_UNREAD = 65536  # bytes of answers that the client has not taken; then its next queries wait
 _MAX_PENDING = 16  # queries of one connection under way at once
 
 
@@ -44,8 +45,8 @@ class DnsStream:
         return 0
 
     def _start(self) -> None:
-        """Start on the queries that are whole, as far as _MAX_PENDING allows; the others wait for those to end."""
-        while len(self._buffer) >= 2 and len(self._tasks) < _MAX_PENDING:
+        """Start on the queries that are whole; the others wait for answers to be ready, and to be read."""
+        while len(self._buffer) >= 2 and len(self._tasks) < _MAX_PENDING and self._conn.queued < _MAX_UNREAD:
             length = int.from_bytes(self._buffer[:2], "big")
             if len(self._buffer) < 2 + length:
                 break
@@ -69,7 +70,7 @@ class DnsStream:
             self._engine.send()
 
     def _finish_when_idle(self) -> None:
-        if self._done and not self._tasks:
+        if self._done and not self._tasks and self._conn.queued < _MAX_UNREAD:
             self._conn.shutdown(self._engine.now())
 
     def eof(self, now: float) -> None:
@@ -77,7 +78,8 @@ class DnsStream:
         self._finish_when_idle()
 
     def writable(self, now: float) -> None:
-        pass
+        self._start()
+        self._finish_when_idle()
 
     def closed(self, how: Closed, now: float) -> None:
         for task in self._tasks:

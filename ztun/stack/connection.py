@@ -162,6 +162,11 @@ class Connection:
             or self.rx.held
         )
 
+    @property
+    def queued(self) -> int:
+        """Bytes given to `send` that the client has not acknowledged."""
+        return self.tx.queue.end - self.tx.queue.start
+
     def room(self) -> int:
         """How many bytes `send` would put on the way at once."""
         return self.tx.room() if self.state in (State.ESTABLISHED, State.CLOSE_WAIT) else 0
