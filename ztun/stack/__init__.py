@@ -5,7 +5,8 @@ application is handed to a `Listener` and, per TCP connection, to a `Handler`.
 """
 
 from ztun.stack.buffers import BufferPool
-from ztun.stack.connection import Connection, Handler
+from ztun.stack.connection import Connection
+from ztun.stack.handler import Handler
 from ztun.stack.header import DatagramHeader, reverse
 from ztun.stack.settings import StackSettings
 from ztun.stack.stack import Datagram, Listener, Stack

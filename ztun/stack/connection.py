@@ -6,14 +6,15 @@ client learns the truth about the far end (the SYN is answered only then).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from ztun.stack.header import FlowHeader, reverse
+from ztun.stack.handler import Handler
 from ztun.stack.receiver import Receiver
+from ztun.stack.segments import Segments
 from ztun.stack.sender import Sender
 from ztun.stack.state import Closed, State
 from ztun.stack.timers import NEVER
-from ztun.wire import ip, tcp
+from ztun.wire import tcp
 from ztun.wire.icmp import Reason
 from ztun.wire.sequence import MASK, unwrap
 from ztun.wire.tcp import ACK, FIN, RST, SYN
@@ -21,103 +22,44 @@ from ztun.wire.tcp import ACK, FIN, RST, SYN
 if TYPE_CHECKING:
     from ztun.stack.stack import Stack
 
-_CHALLENGE_INTERVAL = 0.5  # seconds between challenge ACKs of one flow (RFC 5961 section 7)
 _PAWS_IDLE = 24 * 86400.0  # RFC 7323 section 5.5: an idle connection's TS.Recent is no longer trusted
-_TS_OPTIONS = 12
-_DEFAULT_MSS4, _DEFAULT_MSS6 = 536, 1220  # RFC 9293 section 3.7.1
-_MINIMUM_MTU4 = 68  # RFC 791: what every link takes
-_MINIMUM_MSS = 88  # smaller offers are attacks on the sender (CVE-2019-11479), not networks
 
 
-class Handler(Protocol):
-    """What a connection tells its application."""
-
-    def established(self, now: float) -> None:
-        """The client answered the SYN-ACK."""
-        ...
-
-    def data(self, payload: memoryview, now: float) -> int:
-        """In-order bytes. Returns how many of them it keeps; those count against the window until `consumed`.
-
-        A view may be held on to only when something was kept of it.
-        """
-        ...
-
-    def eof(self, now: float) -> None:
-        """The client sent FIN."""
-        ...
-
-    def writable(self, now: float) -> None:
-        """Data was acknowledged or the window opened: `room` may have grown."""
-        ...
-
-    def closed(self, how: Closed, now: float) -> None:
-        """The connection is gone. Called once, last."""
-        ...
-
-
-class Connection:
+class Connection(Segments):
     """key: source and destination address, source and destination port of the client's packets, as on the wire;
     iss: our initial sequence number."""
 
     __slots__ = (
-        "_challenge_at",
         "_idle_at",
         "_opened_at",
         "_probes",
-        "_scaled",
         "_stamp_recent_at",
         "_syn_at",
         "armed",
-        "client_mss",
         "handler",
-        "header",
-        "iss",
-        "key",
-        "last_ack_sent",
         "last_data",
         "last_heard",
         "received",
-        "rx",
-        "sack_permitted",
-        "scale",
         "sent",
-        "stack",
-        "stamp_offset",
-        "stamp_recent",
         "state",
         "syn",
         "timer",
-        "timestamps",
-        "tx",
     )  # fmt: skip
 
     def __init__(
         self, stack: Stack, key: bytes, iss: int, syn: bytes, seq: int, options: tcp.Options, window: int, now: float
     ) -> None:
-        settings = stack.settings
-        self.stack = stack
-        self.key = key
+        super().__init__(stack, key, iss, seq, options)
         self.syn = syn  # the client's packet, to quote in an ICMP error
         self.state = State.DIALING
         self.handler: Handler | None = None
-        self.header = FlowHeader(reverse(key))
-        self.timestamps = options.timestamps is not None
-        self.sack_permitted = options.sack_permitted
-        self.scale = options.window_scale or 0
-        self.client_mss = max(options.mss or (_DEFAULT_MSS6 if len(key) == 36 else _DEFAULT_MSS4), _MINIMUM_MSS)
-        self._scaled = options.window_scale is not None
-        own_scale = _scale_for(settings.receive_buffer) if self._scaled else 0
-        capacity = min(settings.receive_buffer, 0xFFFF << own_scale)
-        self.stamp_offset = stack.isn(key[::-1], 0.0)
-        self.stamp_recent = options.timestamps[0] if options.timestamps else 0
-        self._stamp_recent_at = now
-        self.iss = iss
-        self.tx = Sender(self, self.iss + 1, self._payload_size())
+        own_scale = self._own_scale()
+        self.tx = Sender(self, iss + 1, self._payload_size())
         self.tx.set_window(window, seq, 0)
+        capacity = min(stack.settings.receive_buffer, 0xFFFF << own_scale)
         self.rx = Receiver(seq + 1, capacity, own_scale, self._payload_size())
         self._set_sizes()
-        self.last_ack_sent = seq + 1
+        self._stamp_recent_at = now
         self.last_heard = now
         self.last_data = now
         self.received = 0
@@ -127,26 +69,9 @@ class Connection:
         self._syn_at: float | None = None
         self._idle_at = NEVER
         self._opened_at = now
-        self._challenge_at = -NEVER
         self._probes = 0
 
     # Facts.
-
-    @property
-    def source(self) -> bytes:
-        return self.key[: (len(self.key) - 4) // 2]
-
-    @property
-    def destination(self) -> bytes:
-        return self.key[(len(self.key) - 4) // 2 : -4]
-
-    @property
-    def source_port(self) -> int:
-        return int.from_bytes(self.key[-4:-2], "big")
-
-    @property
-    def destination_port(self) -> int:
-        return int.from_bytes(self.key[-2:], "big")
 
     @property
     def is_closed(self) -> bool:
@@ -170,15 +95,6 @@ class Connection:
     def room(self) -> int:
         """How many bytes `send` would put on the way at once."""
         return self.tx.room() if self.state in (State.ESTABLISHED, State.CLOSE_WAIT) else 0
-
-    def _payload_size(self) -> int:
-        own = self.stack.settings.mtu - (60 if len(self.key) == 36 else 40)
-        return min(self.client_mss, own) - (_TS_OPTIONS if self.timestamps else 0)
-
-    def _set_sizes(self) -> None:
-        options = _TS_OPTIONS if self.timestamps else 0
-        self.header.set_segment_size(self.tx.mss, options)
-        self.tx.largest = min(self.header.largest_payload(options), self.tx.limit)
 
     # What the application asks for.
 
@@ -253,7 +169,7 @@ class Connection:
         if payload > end or payload < start + 20:
             self.stack.drop("tcp-length")
             return False
-        options = self._options(packet, start, payload)
+        options = tcp.read_options(packet, start, payload)
         if self.state is State.DIALING or self.state is State.CLOSED:
             self._receive_while_dialing(seq, bits, options, now)
             return False
@@ -295,15 +211,6 @@ class Connection:
         if rx.nxt <= rx.fin:
             self._emit_ack(now)  # there is a gap before the FIN
         return -1
-
-    def _options(self, packet: memoryview, start: int, payload: int) -> tcp.Options:
-        if payload - start == 32:
-            lead, value, echo = tcp.TIMESTAMPS.unpack_from(packet, start + 20)
-            if lead == tcp.TIMESTAMP_LEAD:
-                return tcp.Options(timestamps=(value, echo))
-        elif payload - start == 20:
-            return tcp.NO_OPTIONS
-        return tcp.parse_options(packet[start + 20 : payload])
 
     def _receive_while_dialing(self, seq: int, bits: int, options: tcp.Options, now: float) -> None:
         """A repeated SYN waits with the first one. Only a RST ends the wait."""
@@ -363,11 +270,6 @@ class Connection:
             self._challenge(now)
         else:
             self.stack.drop("tcp-reset-window")
-
-    def _challenge(self, now: float) -> None:
-        if now - self._challenge_at >= _CHALLENGE_INTERVAL:
-            self._challenge_at = now
-            self._emit_ack(now)
 
     def _take_ack(
         self, ack: int, seq: int, bits: int, window: int, length: int, options: tcp.Options, now: float
@@ -508,52 +410,12 @@ class Connection:
             self._acknowledge_later()
             self.handler.eof(now)
 
-    # Packets out.
-
-    def emit(self, seq: int, flags: int, payload: int, views: list[memoryview], now: float) -> None:
-        """Put one segment into the outbox, with the ACK and the window of this moment."""
-        rx = self.rx
-        window = rx.window() >> rx.scale
-        options = self._stamp_option(now) if self.timestamps else b""
-        header = self.header.pack(seq, rx.nxt, flags, window, options, payload)
-        self.stack.outbox.append((header, *views))
-        rx.acknowledged()
-        self.last_ack_sent = rx.nxt
-
-    def _stamp_option(self, now: float) -> bytes:
-        return tcp.TIMESTAMPS.pack(tcp.TIMESTAMP_LEAD, self._stamp(now), self.stamp_recent)
-
-    def _stamp(self, now: float) -> int:
-        """TSval: milliseconds from an offset of the flow's own (RFC 7323 section 5.4)."""
-        return (int(now * 1000) + self.stamp_offset) & MASK
-
-    def _emit_ack(self, now: float) -> None:
-        rx = self.rx
-        if not rx.reassembly or not self.sack_permitted:
-            self.emit(self.tx.nxt, ACK, 0, [], now)
-            return
-        blocks = rx.reassembly.sack_blocks(3 if self.timestamps else 4)
-        options = tcp.pack_options(
-            tcp.Options(
-                timestamps=(self._stamp(now), self.stamp_recent) if self.timestamps else None,
-                sack=tuple((left & MASK, right & MASK) for left, right in blocks),
-            )
-        )
-        window = rx.window() >> rx.scale
-        self.stack.outbox.append((self.header.pack(self.tx.nxt, rx.nxt, ACK, window, options, 0),))
-        rx.acknowledged()
-        self.last_ack_sent = rx.nxt
-
-    def _emit_reset(self, seq: int, ack: int | None) -> None:
-        flags = RST if ack is None else RST | ACK
-        self.stack.outbox.append((self.header.pack(seq, ack or 0, flags, 0, b"", 0),))
+    # The SYN-ACK.
 
     def _send_syn_ack(self, now: float) -> None:
-        settings = self.stack.settings
-        own = settings.mtu - (60 if len(self.key) == 36 else 40)
         options = tcp.pack_options(
             tcp.Options(
-                mss=own,
+                mss=self._own_mss(),
                 window_scale=self.rx.scale if self._scaled else None,
                 sack_permitted=self.sack_permitted,
                 timestamps=(self._stamp(now), self.stamp_recent) if self.timestamps else None,
@@ -628,24 +490,6 @@ class Connection:
             following = now + settings.keepalive_interval
         self._idle_at = min(following, self.last_data + limit)
 
-    def packet_too_big(self, mtu: int, seq: int, now: float) -> None:
-        """An ICMP error that quotes our segment `seq`: the path takes `mtu` bytes only (RFC 1191, RFC 8201).
-
-        A router older than RFC 1191 says 0, and 576 bytes is what every path should take (section 5 there).
-        """
-        if not self.tx.una <= unwrap(seq, self.tx.una) < self.tx.nxt:  # RFC 5927 section 4.1
-            self.stack.drop("icmp-sequence")
-            return
-        if len(self.key) == 36:
-            mtu = max(mtu, ip.MINIMUM_MTU6)
-        elif mtu < _MINIMUM_MTU4:
-            mtu = 576
-        size = mtu - (60 if len(self.key) == 36 else 40) - (_TS_OPTIONS if self.timestamps else 0)
-        if size < self.tx.mss:
-            self.tx.mss = size
-            self._set_sizes()
-            self.tx.resize(size, self.tx.largest, now)
-
     # Ends.
 
     def _enter_time_wait(self, now: float) -> None:
@@ -662,8 +506,3 @@ class Connection:
         self.stack.forget(self, half_open)
         if self.handler is not None:
             self.handler.closed(how, now)
-
-
-def _scale_for(size: int) -> int:
-    """The smallest window scale with which `size` bytes can be said (RFC 7323 section 2.3)."""
-    return min(max(size.bit_length() - 16, 0), tcp.MAX_WINDOW_SCALE)

@@ -9,6 +9,7 @@ payload. A segment larger than the MSS goes out whole with gso_size set, to be c
 from __future__ import annotations
 
 import struct
+from typing import Protocol
 
 from ztun.wire import checksum, ip, tcp, udp, vnet
 from ztun.wire.sequence import MASK
@@ -20,6 +21,36 @@ _MAX_IP4 = 65535
 _V4 = struct.Struct("!10s2sH6sH12sIIHHHH")
 # virtio_net_hdr, version/class/label, payload length, next header/hop limit, addresses and ports, then TCP.
 _V6 = struct.Struct("!10s4sH2s36sIIHHHH")
+
+
+class Keyed(Protocol):
+    """Who has a flow's key: source and destination address, source and destination port of the client's packets, as on
+    the wire, 12 bytes for IPv4, 36 for IPv6."""
+
+    @property
+    def key(self) -> bytes: ...
+
+
+class FlowKey:
+    """What the key says. A base for whoever is `Keyed`."""
+
+    __slots__ = ()
+
+    @property
+    def source(self: Keyed) -> bytes:
+        return self.key[: (len(self.key) - 4) // 2]
+
+    @property
+    def destination(self: Keyed) -> bytes:
+        return self.key[(len(self.key) - 4) // 2 : -4]
+
+    @property
+    def source_port(self: Keyed) -> int:
+        return int.from_bytes(self.key[-4:-2], "big")
+
+    @property
+    def destination_port(self: Keyed) -> int:
+        return int.from_bytes(self.key[-2:], "big")
 
 
 class FlowHeader:

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from ztun.stack.buffers import BufferPool
 from ztun.stack.connection import Connection
 from ztun.stack.fragments import FragmentTable
-from ztun.stack.header import DatagramHeader, reset_for, reverse
+from ztun.stack.header import DatagramHeader, FlowKey, reset_for, reverse
 from ztun.stack.settings import StackSettings
 from ztun.stack.timers import TimerQueue
 from ztun.stack.timewait import TimeWaitTable, Waiting
@@ -31,29 +31,17 @@ _QUOTE = ip.MINIMUM_MTU6  # no ICMP error quotes more
 Packet = tuple[bytes | memoryview, ...]
 
 
-class Datagram(NamedTuple):
-    """A UDP datagram from a client. key: its addresses and ports as they stand in the packet, 12 or 36 bytes; payload
-    and packet (from the IP header on) are views that must be copied to be kept."""
-
+class _Datagram(NamedTuple):
     key: bytes
     payload: memoryview
     packet: memoryview
 
-    @property
-    def source(self) -> bytes:
-        return self.key[: (len(self.key) - 4) // 2]
 
-    @property
-    def destination(self) -> bytes:
-        return self.key[(len(self.key) - 4) // 2 : -4]
+class Datagram(_Datagram, FlowKey):
+    """A UDP datagram from a client. key: its addresses and ports as they stand in the packet, 12 or 36 bytes; payload
+    and packet (from the IP header on) are views that must be copied to be kept."""
 
-    @property
-    def source_port(self) -> int:
-        return int.from_bytes(self.key[-4:-2], "big")
-
-    @property
-    def destination_port(self) -> int:
-        return int.from_bytes(self.key[-2:], "big")
+    __slots__ = ()
 
 
 class Listener(Protocol):

@@ -61,6 +61,17 @@ def parse_options(data: memoryview) -> Options:
     return Options(mss, scale, permitted, stamps, sack)
 
 
+def read_options(packet: memoryview, start: int, payload: int) -> Options:
+    """The options of the header at `start`, which ends at `payload`. The layouts of nearly every segment come first."""
+    if payload - start == 32:
+        lead, value, echo = TIMESTAMPS.unpack_from(packet, start + 20)
+        if lead == TIMESTAMP_LEAD:
+            return Options(timestamps=(value, echo))
+    elif payload - start == 20:
+        return NO_OPTIONS
+    return parse_options(packet[start + 20 : payload])
+
+
 def pack_options(options: Options) -> bytes:
     """Option bytes padded with NOPs to a multiple of four."""
     out = b""
