@@ -8,8 +8,9 @@ from ztun.stack.buffers import BufferPool
 from ztun.stack.connection import Connection
 from ztun.stack.handler import Handler
 from ztun.stack.header import DatagramHeader, reverse
+from ztun.stack.listener import Datagram, Listener
 from ztun.stack.settings import StackSettings
-from ztun.stack.stack import Datagram, Listener, Stack
+from ztun.stack.stack import Stack
 from ztun.stack.state import Closed, State
 
 __all__ = [

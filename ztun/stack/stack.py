@@ -1,61 +1,34 @@
-"""Demultiplexing: packets to connections, datagrams and ICMP, and what to answer when there is nobody."""
+"""Demultiplexing: packets to connections, datagrams and ICMP; what those say back waits in one outbox."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
 
 from ztun.stack.buffers import BufferPool
+from ztun.stack.closed import Unconnected
 from ztun.stack.connection import Connection
 from ztun.stack.fragments import FragmentTable
-from ztun.stack.header import DatagramHeader, FlowKey, reset_for, reverse
+from ztun.stack.header import DatagramHeader
+from ztun.stack.icmp import Icmp
+from ztun.stack.listener import Datagram, Listener
 from ztun.stack.settings import StackSettings
 from ztun.stack.timers import TimerQueue
-from ztun.stack.timewait import TimeWaitTable, Waiting
-from ztun.stack.tokenbucket import TokenBucket
-from ztun.wire import checksum, icmp, ip, tcp, udp, vnet
-from ztun.wire.sequence import MASK
+from ztun.wire import checksum, ip, udp, vnet
+from ztun.wire.icmp import Reason
 
-# virtio_net_hdr flags, then an IPv4 header without options and a TCP header.
-_FAST4 = struct.Struct("!B9xBxHHHBBH12sIIHHHH")
-# virtio_net_hdr flags, then an IPv6 header without extensions and a TCP header.
-_FAST6 = struct.Struct("!B9xIHBB36sIIHHHH")
-# The same with a UDP header.
-_FAST_UDP4 = struct.Struct("!B9xBxHHHBBH12sHH")
-_FAST_UDP6 = struct.Struct("!B9xIHBB36sHH")
+# What of a packet decides about it, where the IP header has no options or extensions: virtio_net_hdr's flags, the
+# length field, for IPv4 the fragment word, addresses and ports, then of TCP sequence and acknowledgment numbers, flags
+# and window, of UDP the length.
+_TCP4 = struct.Struct("!B11xH2xH4x12sIIHH4x")
+_TCP6 = struct.Struct("!B13xH2x36sIIHH4x")
+_UDP4 = struct.Struct("!B11xH2xH4x12sH2x")
+_UDP6 = struct.Struct("!B13xH2x36sH2x")
 _TCP = struct.Struct("!HHIIHHHH")
 _IP = vnet.LENGTH  # where the IP header starts
-_QUOTE = ip.MINIMUM_MTU6  # no ICMP error quotes more
+_FRAGMENTED = 0x3FFF  # of the fragment word: More Fragments, or an offset
 
 Packet = tuple[bytes | memoryview, ...]
-
-
-class _Datagram(NamedTuple):
-    key: bytes
-    payload: memoryview
-    packet: memoryview
-
-
-class Datagram(_Datagram, FlowKey):
-    """A UDP datagram from a client. key: its addresses and ports as they stand in the packet, 12 or 36 bytes; payload
-    and packet (from the IP header on) are views that must be copied to be kept."""
-
-    __slots__ = ()
-
-
-class Listener(Protocol):
-    """Who the stack tells of what is new."""
-
-    def tcp_incoming(self, conn: Connection, now: float) -> None:
-        """A SYN for a new connection: dial, then `accept` or `refuse` it."""
-        ...
-
-    def udp_received(self, datagram: Datagram, now: float) -> None: ...
-
-    def echo_requested(self, destination: bytes, now: float) -> bool:
-        """True when the stack shall answer a ping to this address in its owner's place."""
-        ...
 
 
 class Stack:
@@ -84,8 +57,8 @@ class Stack:
         self.opened = 0
         self.drops: dict[str, int] = {}
         self.received: dict[str, int] = {"tcp": 0, "udp": 0, "icmp": 0}
-        self._time_wait = TimeWaitTable(settings.time_wait, settings.max_time_wait)
-        self._icmp_tokens = TokenBucket(settings.icmp_rate, settings.icmp_burst)
+        self._unconnected = Unconnected(self)
+        self._icmp = Icmp(self)
         self._fragments = FragmentTable()
         self._identification = isn(b"identification", 0.0)
 
@@ -96,77 +69,72 @@ class Stack:
     # Packets in.
 
     def receive(self, packet: memoryview, now: float) -> bool:
-        """Take one packet, virtio_net_hdr first. Returns True when its buffer is still in use afterwards."""
-        if len(packet) < _IP + 20:
-            self.drop("ip-truncated")
-            return False
+        """Take one packet, virtio_net_hdr first. Returns True when its buffer is still in use afterwards.
+
+        The short ways are for headers without options or extensions, and for packets that hold them whole.
+        """
+        size = len(packet)
         try:
-            return self._dispatch(packet, now)
+            if size < _IP + 20:
+                raise ip.MalformedError("ip-truncated")
+            first = packet[_IP]
+            if first == 0x45:
+                protocol = packet[_IP + 9]
+                if protocol == ip.TCP and size >= _TCP4.size:
+                    return self._receive_tcp(packet, True, now)
+                if protocol == ip.UDP and size >= _UDP4.size:
+                    self._receive_udp(packet, True, now)
+                    return False
+            elif first >> 4 == 6:
+                protocol = packet[_IP + 6]
+                if protocol == ip.TCP and size >= _TCP6.size:
+                    return self._receive_tcp(packet, False, now)
+                if protocol == ip.UDP and size >= _UDP6.size:
+                    self._receive_udp(packet, False, now)
+                    return False
+            self._receive_other(packet, now)
         except ip.MalformedError as malformed:
             self.drop(str(malformed))
-            return False
-
-    def _dispatch(self, packet: memoryview, now: float) -> bool:
-        """The short ways are for headers without options or extensions, and for packets that hold them whole."""
-        size = len(packet)
-        if packet[_IP] == 0x45:
-            protocol = packet[_IP + 9]
-            if protocol == ip.TCP and size >= _FAST4.size:
-                return self._receive_tcp4(packet, now)
-            if protocol == ip.UDP and size >= _FAST_UDP4.size:
-                self._receive_udp4(packet, now)
-                return False
-        elif packet[_IP] >> 4 == 6:
-            following = packet[_IP + 6]
-            if following == ip.TCP and size >= _FAST6.size:
-                return self._receive_tcp6(packet, now)
-            if following == ip.UDP and size >= _FAST_UDP6.size:
-                self._receive_udp6(packet, now)
-                return False
-        self._receive_other(packet, now)
         return False
 
-    def _receive_tcp4(self, packet: memoryview, now: float) -> bool:
-        flags, _, total, _, frag, _, _, _, key, seq, ack, bits, window, _, _ = _FAST4.unpack_from(packet)
-        end = _IP + total
-        if frag & 0x3FFF:
-            self._receive_other(packet, now)
-            return False
-        if end > len(packet) or total < 40:
+    def _receive_tcp(self, packet: memoryview, is_v4: bool, now: float) -> bool:
+        if is_v4:
+            flags, length, fragment, key, seq, ack, bits, window = _TCP4.unpack_from(packet)
+            if fragment & _FRAGMENTED:
+                self._receive_other(packet, now)
+                return False
+            start, end = _IP + 20, _IP + length
+        else:
+            flags, length, key, seq, ack, bits, window = _TCP6.unpack_from(packet)
+            start, end = _IP + 40, _IP + 40 + length
+        if end > len(packet) or end < start + 20:
             raise ip.MalformedError("ip-length")
         if not flags & vnet.CHECKED:
-            if not checksum.is_valid(packet[_IP : _IP + 20]):
+            if is_v4 and not checksum.is_valid(packet[_IP:start]):
                 raise ip.MalformedError("ip-checksum")
-            _verify(key[:8], ip.TCP, packet[_IP + 20 : end], "tcp-checksum")
-        return self._segment(key, seq, ack, bits, window, packet, _IP + 20, end, now)
-
-    def _receive_tcp6(self, packet: memoryview, now: float) -> bool:
-        flags, _, length, _, _, key, seq, ack, bits, window, _, _ = _FAST6.unpack_from(packet)
-        end = _IP + 40 + length
-        if end > len(packet) or length < 20:
-            raise ip.MalformedError("ip-length")
-        if not flags & vnet.CHECKED:
-            _verify(key[:32], ip.TCP, packet[_IP + 40 : end], "tcp-checksum")
-        return self._segment(key, seq, ack, bits, window, packet, _IP + 40, end, now)
-
-    def _segment(
-        self,
-        key: bytes,
-        seq: int,
-        ack: int,
-        bits: int,
-        window: int,
-        packet: memoryview,
-        start: int,
-        end: int,
-        now: float,
-    ) -> bool:
+            _verify(key[:-4], ip.TCP, packet[start:end], "tcp-checksum")
         self.received["tcp"] += 1
         conn = self.connections.get(key)
         if conn is not None:
             return conn.receive(seq, ack, bits, window, packet, start, end, now)
-        self._segment_without_connection(key, seq, ack, bits, window, packet, start, end, now)
+        self._unconnected.receive(key, seq, ack, bits, window, packet, start, end, now)
         return False
+
+    def _receive_udp(self, packet: memoryview, is_v4: bool, now: float) -> None:
+        if is_v4:
+            flags, length, fragment, key, size = _UDP4.unpack_from(packet)
+            start, end = _IP + 20, _IP + length
+            usual = not fragment & _FRAGMENTED and ip.is_unicast(key[:4]) and key[4] < 224
+        else:
+            flags, length, key, size = _UDP6.unpack_from(packet)
+            start, end = _IP + 40, _IP + 40 + length
+            usual = ip.is_unicast(key[:16]) and key[16] != 0xFF
+        if not usual or not flags & vnet.CHECKED:
+            self._receive_other(packet, now)
+            return
+        if end > len(packet) or end < start + udp.LENGTH:
+            raise ip.MalformedError("ip-length")
+        self._datagram(packet, key, start, size, end, now)
 
     def _receive_other(self, packet: memoryview, now: float) -> None:
         head = ip.parse(packet, _IP)
@@ -177,11 +145,11 @@ class Stack:
             return
         checked = bool(packet[0] & vnet.CHECKED)
         if head.protocol == ip.UDP:
-            self._receive_udp(packet, head, checked, now)
+            self._receive_udp_slowly(packet, head, checked, now)
         elif head.protocol == ip.TCP:
-            self._receive_tcp_behind_options(packet, head, checked, now)
+            self._receive_tcp_slowly(packet, head, checked, now)
         elif head.protocol == (ip.ICMPV6 if head.version == 6 else ip.ICMP):
-            self._receive_icmp(packet, head, checked, now)
+            self._icmp.receive(packet, head, checked, now)
         else:
             self.drop("ip-protocol")
 
@@ -193,101 +161,31 @@ class Stack:
         elif self._fragments:
             self.timers.arm(self._fragments, self._fragments.deadline())
 
-    def _receive_tcp_behind_options(self, packet: memoryview, head: ip.IpHeader, checked: bool, now: float) -> None:
+    def _receive_tcp_slowly(self, packet: memoryview, head: ip.IpHeader, checked: bool, now: float) -> None:
         if head.end - head.payload < 20:
             raise ip.MalformedError("tcp-length")
         if not checked:
             _verify(head.source + head.destination, ip.TCP, packet[head.payload : head.end], "tcp-checksum")
         sport, dport, seq, ack, bits, window, _, _ = _TCP.unpack_from(packet, head.payload)
         key = head.source + head.destination + struct.pack("!HH", sport, dport)
+        self.received["tcp"] += 1
+        conn = self.connections.get(key)
         # The slow path gives the stack a copy, so that nobody needs to keep this buffer.
         copy = memoryview(bytes(packet))
-        self._segment(key, seq, ack, bits, window, copy, head.payload, head.end, now)
-
-    # TCP without a connection.
-
-    def _segment_without_connection(
-        self,
-        key: bytes,
-        seq: int,
-        ack: int,
-        bits: int,
-        window: int,
-        packet: memoryview,
-        start: int,
-        end: int,
-        now: float,
-    ) -> None:
-        payload = start + (bits >> 10 & 0x3C)
-        if payload > end or payload < start + 20:
-            self.drop("tcp-length")
-            return
-        half = (len(key) - 4) // 2
-        if not ip.is_unicast(key[:half]) or not ip.is_unicast(key[half : 2 * half]):
-            self.drop("ip-source")
-            return
-        options = tcp.parse_options(packet[start + 20 : payload])
-        waiting = self._time_wait.get(key, now)
-        if waiting is not None and not waiting.may_reopen(seq, bits, options):
-            self._answer_from_time_wait(key, waiting, seq, bits, end - payload, now)
-        elif bits & (tcp.SYN | tcp.ACK | tcp.RST | tcp.FIN) == tcp.SYN:
-            iss = self.isn(key, now)
-            if waiting is not None:
-                self._time_wait.remove(key)
-                iss = waiting.number_after(iss)
-            self._open(key, iss, packet, seq, options, window, now)
-        elif bits & tcp.RST:
-            self.drop("tcp-reset-closed")
+        if conn is not None:
+            conn.receive(seq, ack, bits, window, copy, head.payload, head.end, now)
         else:
-            self._reset_closed(key, seq, ack, bits, end - payload)
+            self._unconnected.receive(key, seq, ack, bits, window, copy, head.payload, head.end, now)
 
-    def _answer_from_time_wait(
-        self, key: bytes, waiting: Waiting, seq: int, bits: int, length: int, now: float
-    ) -> None:
-        """The last ACK was lost, or an old segment came late (RFC 9293 section 3.10.7.4, RFC 1337 for RST)."""
-        self.drop("tcp-time-wait")
-        if bits & tcp.RST:
-            return
-        if bits & tcp.FIN and (seq + length + 1 - waiting.expected) & MASK == 0:
-            self._time_wait.restart(key, now)
-        elif seq == waiting.expected & MASK and not length and not bits & (tcp.SYN | tcp.FIN):
-            return  # a plain ACK as it should be; answering it would go on for ever if the client did the same
-        self.outbox.append((self._time_wait.acknowledgment(key, now),))
-
-    def _open(
-        self, key: bytes, iss: int, packet: memoryview, seq: int, options: tcp.Options, window: int, now: float
-    ) -> None:
-        if len(self.connections) >= self.settings.max_connections or self.half_open >= self.settings.max_half_open:
-            self.drop("tcp-limit")
-            self._reset_closed(key, seq, 0, tcp.SYN, 0)
-            return
-        conn = Connection(self, key, iss, bytes(packet[_IP : _IP + _QUOTE]), seq, options, window, now)
-        self.connections[key] = conn
-        self.half_open += 1
-        self.opened += 1
-        try:
-            self.listener.tcp_incoming(conn, now)
-        except BaseException:
-            conn.abort(now)  # nobody else knows of it
-            raise
-
-    def _reset_closed(self, key: bytes, seq: int, ack: int, bits: int, length: int) -> None:
-        """RFC 9293 section 3.10.7.1: the RST has the sequence number that its receiver will believe."""
-        self.drop("tcp-closed")
-        back = reverse(key)
-        if bits & tcp.ACK:
-            self.outbox.append((reset_for(back, ack, None),))
-            return
-        counted = length + (1 if bits & tcp.SYN else 0) + (1 if bits & tcp.FIN else 0)
-        self.outbox.append((reset_for(back, 0, (seq + counted) & MASK),))
+    # Connections.
 
     def established(self) -> None:
         """A connection left the half-open ones."""
         self.half_open -= 1
 
     def keep_in_time_wait(self, conn: Connection, now: float) -> None:
-        stamps = (conn.stamp_offset, conn.stamp_recent) if conn.timestamps else None
-        self._time_wait.add(conn.key, conn.tx.nxt, conn.rx.nxt, stamps, now)
+        """The connection is over, and its last ACK may be lost."""
+        self._unconnected.keep_in_time_wait(conn, now)
 
     def forget(self, conn: Connection, half_open: bool) -> None:
         """The connection is closed."""
@@ -297,26 +195,6 @@ class Stack:
 
     # UDP.
 
-    def _receive_udp4(self, packet: memoryview, now: float) -> None:
-        flags, _, total, _, frag, _, _, _, key, length, _ = _FAST_UDP4.unpack_from(packet)
-        if frag & 0x3FFF or not flags & vnet.CHECKED or not ip.is_unicast(key[:4]) or key[4] >= 224:
-            self._receive_other(packet, now)
-            return
-        end = _IP + total
-        if end > len(packet) or total < 28:
-            raise ip.MalformedError("ip-length")
-        self._datagram(packet, key, _IP + 20, length, end, now)
-
-    def _receive_udp6(self, packet: memoryview, now: float) -> None:
-        flags, _, size, _, _, key, length, _ = _FAST_UDP6.unpack_from(packet)
-        if not flags & vnet.CHECKED or not ip.is_unicast(key[:16]) or key[16] == 0xFF:
-            self._receive_other(packet, now)
-            return
-        end = _IP + 40 + size
-        if end > len(packet) or size < udp.LENGTH:
-            raise ip.MalformedError("ip-length")
-        self._datagram(packet, key, _IP + 40, length, end, now)
-
     def _datagram(self, packet: memoryview, key: bytes, start: int, length: int, end: int, now: float) -> None:
         """start: of the UDP header; length: its field; end: of the IP packet, which may have bytes to spare."""
         if length < udp.LENGTH or start + length > end:
@@ -325,7 +203,7 @@ class Stack:
         payload = packet[start + udp.LENGTH : start + length]
         self.listener.udp_received(Datagram(key, payload, packet[_IP:end]), now)
 
-    def _receive_udp(self, packet: memoryview, head: ip.IpHeader, checked: bool, now: float) -> None:
+    def _receive_udp_slowly(self, packet: memoryview, head: ip.IpHeader, checked: bool, now: float) -> None:
         """Behind IP options, reassembled, to a group, or with a checksum that nobody has looked at."""
         if not ip.is_unicast(head.destination):
             raise ip.MalformedError("ip-destination")  # the kernel's own multicasts; no proxy can carry them
@@ -353,9 +231,10 @@ class Stack:
         pseudo = checksum.pseudo_sum(key[:-4], ip.UDP, udp.LENGTH + len(payload))
         check = checksum.finish(checksum.ones_sum(head + b"\0\0" + bytes(payload), pseudo)) or 0xFFFF
         whole = head + struct.pack("!H", check) + bytes(payload)
-        self._send_fragments(key[:half], key[half:-4], ip.UDP, memoryview(whole))
+        self.send_fragments(key[:half], key[half:-4], ip.UDP, memoryview(whole))
 
-    def _send_fragments(self, source: bytes, destination: bytes, protocol: int, payload: memoryview) -> None:
+    def send_fragments(self, source: bytes, destination: bytes, protocol: int, payload: memoryview) -> None:
+        """Send a transport payload, its checksum complete, that exceeds the MTU."""
         self._identification += 1
         pieces = ip.fragments(source, destination, protocol, payload, self.settings.mtu, self._identification)
         for head, piece in pieces:
@@ -363,76 +242,9 @@ class Stack:
 
     # ICMP.
 
-    def _receive_icmp(self, packet: memoryview, head: ip.IpHeader, checked: bool, now: float) -> None:
-        message = packet[head.payload : head.end]
-        if len(message) < 8:
-            raise ip.MalformedError("icmp-truncated")
-        start = checksum.pseudo_sum(head.source + head.destination, ip.ICMPV6, len(message)) if head.version == 6 else 0
-        if not checked and not checksum.is_valid(message, start):
-            raise ip.MalformedError("icmp-checksum")
-        self.received["icmp"] += 1
-        kind = message[0]
-        if kind == (icmp.ECHO_REQUEST6 if head.version == 6 else icmp.ECHO_REQUEST):
-            self._receive_echo(packet, head, message, now)
-        elif icmp.is_error(head.version, kind):
-            self._receive_error(head.version, message, now)
-        else:
-            self.drop("icmp-type")
-
-    def _receive_echo(self, packet: memoryview, head: ip.IpHeader, message: memoryview, now: float) -> None:
-        if not ip.is_unicast(head.destination):
-            self.drop("icmp-destination")
-        elif self.listener.echo_requested(head.destination, now):
-            reply = icmp.echo_reply(head, message)
-            if len(reply) > self.settings.mtu:
-                body = memoryview(reply)[len(reply) - len(message) :]
-                self._send_fragments(head.destination, head.source, head.protocol, body)
-            else:
-                self.outbox.append((vnet.EMPTY + reply,))
-        else:
-            self.send_unreachable(packet[_IP : head.end], icmp.Reason.PROHIBITED, now)
-
-    def _receive_error(self, version: int, message: memoryview, now: float) -> None:
-        """Only Packet Too Big about a connection of ours is acted upon; it must quote a segment that is in flight."""
-        too_big = message[0] == icmp.TOO_BIG6 if version == 6 else (
-            message[0] == icmp.UNREACHABLE and message[1] == icmp.FRAGMENTATION_NEEDED
-        )  # fmt: skip
-        if not too_big:
-            self.drop("icmp-error")
-            return
-        mtu = int.from_bytes(message[4:8] if version == 6 else message[6:8], "big")
-        quoted = message[8:]
-        size = 40 if version == 6 or not quoted else (quoted[0] & 15) * 4
-        if len(quoted) < size + 8 or size < 20:
-            self.drop("icmp-truncated")
-            return
-        protocol = quoted[6] if version == 6 else quoted[9]
-        ports = quoted[size : size + 4]
-        addresses = quoted[8:40] if version == 6 else quoted[12:20]
-        conn = self.connections.get(reverse(bytes(addresses) + bytes(ports)))
-        if protocol != ip.TCP or conn is None:
-            self.drop("icmp-error")
-            return
-        seq = int.from_bytes(quoted[size + 4 : size + 8], "big")
-        conn.packet_too_big(mtu, seq, now)
-
-    def send_unreachable(self, invoking: bytes | memoryview, reason: icmp.Reason, now: float) -> None:
+    def send_unreachable(self, invoking: bytes | memoryview, reason: Reason, now: float) -> None:
         """Answer a packet (from its IP header on) with Destination Unreachable, within the rate limit."""
-        self._send_error(invoking, lambda back, to, quote: icmp.unreachable(back, to, reason, quote), now)
-
-    def _send_error(
-        self, invoking: bytes | memoryview, build: Callable[[bytes, bytes, bytes | memoryview], bytes], now: float
-    ) -> None:
-        """Send the error that `build(source, destination, invoking)` makes, where one may be sent."""
-        version6 = invoking[0] >> 4 == 6
-        source = bytes(invoking[8:24] if version6 else invoking[12:16])
-        destination = bytes(invoking[24:40] if version6 else invoking[16:20])
-        if not ip.is_unicast(destination) or not ip.is_unicast(source):
-            self.drop("icmp-destination")
-        elif not self._icmp_tokens.take(now):
-            self.drop("icmp-rate")
-        else:
-            self.outbox.append((vnet.EMPTY + build(destination, source, invoking),))
+        self._icmp.send_unreachable(invoking, reason, now)
 
     # Time.
 
@@ -451,7 +263,7 @@ class Stack:
         late, self._fragments.timed_out = self._fragments.timed_out, []
         for first in late:
             self.drop("ip-fragment-time")
-            self._send_error(first, icmp.reassembly_time_exceeded, now)
+            self._icmp.send_reassembly_time_exceeded(first, now)
 
 
 def _verify(addresses: bytes, protocol: int, data: memoryview, reason: str) -> None:
