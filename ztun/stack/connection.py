@@ -44,6 +44,7 @@ class Connection(Segments):
         "state",
         "syn",
         "timer",
+        "user_timeout",
     )  # fmt: skip
 
     def __init__(
@@ -59,6 +60,7 @@ class Connection(Segments):
         capacity = min(stack.settings.receive_buffer, 0xFFFF << own_scale)
         self.rx = Receiver(seq + 1, capacity, own_scale, self._payload_size())
         self._set_sizes()
+        self.user_timeout = stack.settings.user_timeout  # seconds; the application may change it (RFC 9293 MUST-21)
         self._stamp_recent_at = now
         self.last_heard = now
         self.last_data = now
@@ -484,7 +486,9 @@ class Connection(Segments):
             self.abort(now, Closed.TIMED_OUT)
             return
         following = self.last_heard + settings.keepalive_idle
-        if following <= now or self._probes:
+        if self.tx.flight() or self.tx.unsent():
+            following = max(following, now + settings.keepalive_interval)  # what is outstanding asks in its place
+        elif following <= now or self._probes:
             self._probes += 1
             self.emit(self.tx.nxt - 1, ACK, 0, [], now)
             following = now + settings.keepalive_interval

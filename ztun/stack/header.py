@@ -60,21 +60,41 @@ class FlowHeader:
     12 bytes for IPv4, 36 for IPv6.
     """
 
-    __slots__ = ("_base", "_gso", "_ip_base", "_ip_length", "_key", "_plain", "_size", "_v6", "overhead")
+    __slots__ = (
+        "_base",
+        "_gso",
+        "_ip_base",
+        "_ip_front",
+        "_ip_length",
+        "_ip_tail",
+        "_key",
+        "_plain",
+        "_size",
+        "_v6",
+        "overhead",
+    )
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, hop_limit: int = ip.DEFAULT_TTL, traffic_class: int = 0) -> None:
         self._key = key
         self._v6 = len(key) == 36
         self._ip_length = 40 if self._v6 else 20
-        addresses = key[:-4]
-        self._base = checksum.pseudo_sum(addresses, ip.TCP, 0)
-        self._ip_base = checksum.ones_sum(
-            struct.pack("!BBHHHBB", 0x45, 0, 0, 0, 0x4000, ip.DEFAULT_TTL, ip.TCP) + addresses
-        )
+        self._base = checksum.pseudo_sum(key[:-4], ip.TCP, 0)
+        self.set_ip(hop_limit, traffic_class)
         self._plain = vnet.pack(vnet.NEEDS_CSUM, vnet.GSO_NONE, 0, 0, self._ip_length, _CSUM_OFFSET)
         self._gso = self._plain
         self._size = 0
         self.overhead = self._ip_length + 20
+
+    def set_ip(self, hop_limit: int, traffic_class: int) -> None:
+        """hop_limit: TTL or Hop Limit, 1-255; traffic_class: the DSCP in its six upper bits, 0-255 (RFC 2474)."""
+        if self._v6:
+            self._ip_front = (0x60000000 | traffic_class << 20).to_bytes(4, "big")
+            self._ip_tail = bytes((ip.TCP, hop_limit))
+            self._ip_base = 0
+            return
+        self._ip_front = bytes((0x45, traffic_class))
+        self._ip_tail = struct.pack("!HHBB", 0, 0x4000, hop_limit, ip.TCP)  # DF, and ID 0 (RFC 6864)
+        self._ip_base = checksum.ones_sum(self._ip_front + bytes(2) + self._ip_tail + self._key[:-4])
 
     def set_segment_size(self, size: int, options: int) -> None:
         """size: payload bytes of a full segment; options: bytes of options that a data segment carries."""
@@ -98,7 +118,7 @@ class FlowHeader:
         if self._v6:
             return (
                 _V6.pack(
-                    front, b"\x60\0\0\0", length, b"\x06\x40", self._key,
+                    front, self._ip_front, length, self._ip_tail, self._key,
                     seq & MASK, ack & MASK, bits, window, pseudo, 0,
                 )
                 + options
@@ -108,7 +128,7 @@ class FlowHeader:
         check = ((check & 0xFFFF) + (check >> 16)) ^ 0xFFFF
         return (
             _V4.pack(
-                front, b"\x45\0", total, b"\0\0\x40\0\x40\x06", check, self._key,
+                front, self._ip_front, total, self._ip_tail, check, self._key,
                 seq & MASK, ack & MASK, bits, window, pseudo, 0,
             )
             + options

@@ -51,7 +51,7 @@ class Segments(FlowKey):
         self.stack = stack
         self.key = key
         self.iss = iss
-        self.header = FlowHeader(reverse(key))
+        self.header = FlowHeader(reverse(key), stack.settings.hop_limit, stack.settings.traffic_class)
         self.timestamps = options.timestamps is not None
         self.sack_permitted = options.sack_permitted
         self.scale = options.window_scale or 0

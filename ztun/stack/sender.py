@@ -43,9 +43,9 @@ class Sender:
     """una: oldest unacknowledged; nxt: next to send; wnd: the peer's window; mss: payload of a full segment."""
 
     __slots__ = (
-        "_conn", "_duplicates", "_entered_at", "_last_step", "_limited", "_lost", "_marked_until", "_max_wnd",
-        "_probing", "_recover", "_resent", "_tail_probe", "_tail_probed", "_timed_at", "_timed_from", "_timed_seq",
-        "_wl1", "_wl2", "cc", "fin_queued", "largest", "last_send", "limit", "mss", "nxt", "queue", "recovery",
+        "_conn", "_duplicates", "_entered_at", "_give_up_at", "_last_step", "_limited", "_lost", "_marked_until",
+        "_max_wnd", "_probing", "_recover", "_resent", "_tail_probe", "_tail_probed", "_timed_at", "_timed_from",
+        "_timed_seq", "_wl1", "_wl2", "cc", "fin_queued", "largest", "last_send", "limit", "mss", "nxt", "queue", "recovery",
         "retransmits", "retries", "rto_at", "rtt", "sacked", "una", "wnd",
     )  # fmt: skip
 
@@ -73,6 +73,7 @@ class Sender:
         self._duplicates = 0
         self._recover = first - 1
         self._entered_at = 0.0
+        self._give_up_at = 0.0  # when the user time-out is over; counts from the first retransmission's segment on
         self._last_step = 0  # how far the latest new ACK went
         self._lost = RangeSet()  # what is believed lost and was not sent again since
         self._marked_until = first  # below, it was decided once already what is lost
@@ -428,13 +429,18 @@ class Sender:
             self._probe_tail(now)
             return True
         self.retries += 1
-        if self.retries > self._conn.stack.settings.data_retries:
+        if self.retries == 1:
+            self._give_up_at = now - self.rtt.rto + self._conn.user_timeout
+        if self.retries > self._conn.stack.settings.data_retries or now >= self._give_up_at:
             return False
         self.rtt.back_off()
         if self.flight() and self.wnd:
             self._restart_from_una(now)
         else:
             self._probe(now)
+        if self.rto_at is not None and self.rto_at > self._give_up_at:
+            self.rto_at = self._give_up_at
+            self._conn.arm(self.rto_at)
         return True
 
     def _probe_tail(self, now: float) -> None:

@@ -10,6 +10,8 @@ class StackSettings:
     """Every default is what a desktop kernel would do, except where a comment says why not."""
 
     mtu: int = 1500
+    hop_limit: int = 64
+    traffic_class: int = 0  # of TCP segments: DSCP in the six upper bits, the two lower ones are ECN's
     receive_buffer: int = 1 << 20  # what a connection may hold for an outbound that is slower than its client
     send_buffer: int = 4194304  # unacknowledged bytes towards one client
     max_connections: int = 65536
@@ -20,7 +22,8 @@ class StackSettings:
     min_rto: float = 0.2  # RFC 6298 (2.4) says 1 s; clients are a LAN away, so the kernel's 0.2 s serves them better
     max_rto: float = 60.0
     syn_retries: int = 5
-    data_retries: int = 10
+    data_retries: int = 10  # R2 as a count (RFC 9293 section 3.8.3); about 220 s with these times
+    user_timeout: float = 300.0  # R2 in seconds without any progress (RFC 9293 section 3.9.1.2: five minutes)
     delayed_ack: float = 0.04
     time_wait: float = 60.0
     fin_wait_2: float = 240.0  # without data from a client that we sent FIN (RFC 5382 REQ-5: at least 4 minutes)
