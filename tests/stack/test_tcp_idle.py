@@ -38,6 +38,29 @@ def test_one_that_does_not_answer_is_given_up(talk: Callable[..., Client]) -> No
     assert app.how is Closed.TIMED_OUT
 
 
+def test_keep_alive_can_be_turned_off(talk: Callable[..., Client]) -> None:
+    client = talk(keepalive_idle=float("inf"), tcp_idle=float("inf"))
+    app = client.connects()
+    client.waits(30 * 86400)
+    client.hears_nothing()
+    assert app.how is None
+
+
+def test_what_is_outstanding_asks_in_place_of_keep_alive(talk: Callable[..., Client]) -> None:
+    """RFC 9293 section 3.8.4: only while nothing is outstanding (MUST-26)."""
+    client = talk(keepalive_idle=5, keepalive_interval=1, min_rto=20.0)
+    app = client.connects()
+    app.sends(b"data")
+    client.hears(ACK, b"data", seq=1)
+    client.waits(19.9)
+    client.hears_nothing()
+    client.waits(0.2)
+    client.hears(ACK, b"data", seq=1)
+    client.acknowledges()
+    client.waits(5.1)
+    client.hears(ACK, seq=4, size=0)
+
+
 def test_one_that_forgot_the_connection_resets_it(client: Client) -> None:
     app = client.connects()
     client.waits(600)

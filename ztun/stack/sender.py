@@ -45,8 +45,8 @@ class Sender:
     __slots__ = (
         "_conn", "_duplicates", "_entered_at", "_give_up_at", "_last_step", "_limited", "_lost", "_marked_until",
         "_max_wnd", "_probing", "_recover", "_resent", "_tail_probe", "_tail_probed", "_timed_at", "_timed_from",
-        "_timed_seq", "_wl1", "_wl2", "cc", "fin_queued", "largest", "last_send", "limit", "mss", "nxt", "queue", "recovery",
-        "retransmits", "retries", "rto_at", "rtt", "sacked", "una", "wnd",
+        "_timed_seq", "_wl1", "_wl2", "cc", "fin_queued", "largest", "last_send", "limit", "mss", "nxt", "queue",
+        "recovery", "retransmits", "retries", "rto_at", "rtt", "sacked", "una", "wnd",
     )  # fmt: skip
 
     def __init__(self, conn: Connection, first: int, mss: int) -> None:
