@@ -1,0 +1,28 @@
+"""Initial sequence numbers (RFC 6528): a clock, and a hash that nobody outside can compute."""
+
+from __future__ import annotations
+
+from ztun.gateway.isn import make_isn
+
+_FLOW, _OTHER = bytes(12), bytes(11) + b"\1"
+_KEY = bytes(range(32))
+
+
+def test_the_clock_ticks_every_four_microseconds() -> None:
+    isn = make_isn(_KEY)
+    assert (isn(_FLOW, 10.000004) - isn(_FLOW, 10.0)) % 2**32 == 1
+    assert (isn(_FLOW, 11.0) - isn(_FLOW, 10.0)) % 2**32 == 250_000
+
+
+def test_it_wraps_after_about_four_and_three_quarter_hours() -> None:
+    isn = make_isn(_KEY)
+    assert isn(_FLOW, 2**32 / 250_000) == isn(_FLOW, 0.0)
+
+
+def test_each_flow_and_each_secret_has_its_own_offset() -> None:
+    numbers = {make_isn(key)(flow, 0.0) for key in (_KEY, bytes(32)) for flow in (_FLOW, _OTHER)}
+    assert len(numbers) == 4
+
+
+def test_the_secret_is_new_in_each_process() -> None:
+    assert make_isn()(_FLOW, 0.0) != make_isn()(_FLOW, 0.0) or make_isn()(_OTHER, 0.0) != make_isn()(_OTHER, 0.0)
