@@ -144,7 +144,7 @@ _UDP6 = struct.Struct("!10s4sH2s36sHH")
 class DatagramHeader:
     """Builds headers for the datagrams of one direction of one UDP flow. key: as for FlowHeader."""
 
-    __slots__ = ("_base", "_front", "_ip_base", "key", "largest", "overhead")
+    __slots__ = ("_base", "_front", "_ip_base", "_run_front", "_run_size", "key", "largest", "overhead")
 
     def __init__(self, key: bytes) -> None:
         addresses = key[:-4]
@@ -155,6 +155,19 @@ class DatagramHeader:
         self._base = checksum.pseudo_sum(addresses, ip.UDP, 0)
         self._ip_base = checksum.ones_sum(struct.pack("!HHHBB", 0x4500, 0, 0x4000, ip.DEFAULT_TTL, ip.UDP) + addresses)
         self._front = vnet.pack(vnet.NEEDS_CSUM, csum_start=size, csum_offset=udp.CHECKSUM_OFFSET)
+        self._run_front = self._front
+        self._run_size = 0
+
+    def pack_run(self, payload: int, size: int) -> bytes:
+        """A super-datagram: `payload` bytes, to be cut by the kernel or the card into datagrams of `size` bytes each,
+        the last of which may be shorter."""
+        if size != self._run_size:
+            self._run_size = size
+            start = self.overhead - udp.LENGTH
+            self._run_front = vnet.pack(
+                vnet.NEEDS_CSUM, vnet.GSO_UDP_L4, self.overhead, size, start, udp.CHECKSUM_OFFSET
+            )
+        return self._run_front + self.pack(payload)[vnet.LENGTH :]
 
     def pack(self, payload: int) -> bytes:
         """payload: its length in bytes."""

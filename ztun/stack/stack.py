@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
+from ztun.stack.admission import Admission
 from ztun.stack.buffers import BufferPool
 from ztun.stack.closed import Unconnected
 from ztun.stack.connection import Connection
@@ -12,6 +13,8 @@ from ztun.stack.fragments import FragmentTable
 from ztun.stack.header import DatagramHeader
 from ztun.stack.icmp import Icmp
 from ztun.stack.listener import Datagram, Listener
+from ztun.stack.runs import RUN, Deliver, UdpFlow, split
+from ztun.stack.memory import Memory
 from ztun.stack.settings import StackSettings
 from ztun.stack.timers import TimerQueue
 from ztun.wire import checksum, ip, udp, vnet
@@ -22,8 +25,8 @@ from ztun.wire.icmp import Reason
 # and window, of UDP the length.
 _TCP4 = struct.Struct("!B11xH2xH4x12sIIHH4x")
 _TCP6 = struct.Struct("!B13xH2x36sIIHH4x")
-_UDP4 = struct.Struct("!B11xH2xH4x12sH2x")
-_UDP6 = struct.Struct("!B13xH2x36sH2x")
+_UDP4 = struct.Struct("!BB10xH2xH4x12sH2x")  # with virtio_net_hdr's GSO type
+_UDP6 = struct.Struct("!BB12xH2x36sH2x")
 _TCP = struct.Struct("!HHIIHHHH")
 _IP = vnet.LENGTH  # where the IP header starts
 _FRAGMENTED = 0x3FFF  # of the fragment word: More Fragments, or an offset
@@ -53,10 +56,13 @@ class Stack:
         self.pool.outbox = self.outbox
         self.ack_later: list[Connection] = []
         self.connections: dict[bytes, Connection] = {}
-        self.half_open = 0
+        self.memory = Memory(settings.max_memory)
+        self.admission = Admission(settings, self.memory)
         self.opened = 0
         self.drops: dict[str, int] = {}
         self.received: dict[str, int] = {"tcp": 0, "udp": 0, "icmp": 0}
+        self.udp_flows: dict[bytes, UdpFlow] = {}
+        self._udp_runs: list[UdpFlow] = []  # flows with datagrams that wait for the end of the batch
         self._unconnected = Unconnected(self)
         self._icmp = Icmp(self)
         self._fragments = FragmentTable()
@@ -122,19 +128,24 @@ class Stack:
 
     def _receive_udp(self, packet: memoryview, is_v4: bool, now: float) -> None:
         if is_v4:
-            flags, length, fragment, key, size = _UDP4.unpack_from(packet)
+            flags, gso_type, length, fragment, key, size = _UDP4.unpack_from(packet)
             start, end = _IP + 20, _IP + length
-            usual = not fragment & _FRAGMENTED and ip.is_unicast(key[:4]) and key[4] < 224
+            usual = not fragment & _FRAGMENTED
         else:
-            flags, length, key, size = _UDP6.unpack_from(packet)
+            flags, gso_type, length, key, size = _UDP6.unpack_from(packet)
             start, end = _IP + 40, _IP + 40 + length
-            usual = ip.is_unicast(key[:16]) and key[16] != 0xFF
-        if not usual or not flags & vnet.CHECKED:
+            usual = True
+        flow = self.udp_flows.get(key)
+        if not usual or not flags & vnet.CHECKED or (flow is None and not _is_between_hosts(key)):
             self._receive_other(packet, now)
             return
         if end > len(packet) or end < start + udp.LENGTH:
             raise ip.MalformedError("ip-length")
-        self._datagram(packet, key, start, size, end, now)
+        if flow is None or gso_type or size < udp.LENGTH or start + size > end:
+            self._datagram(packet, key, start, size, end, now)
+        else:
+            self.received["udp"] += 1
+            flow.add(packet[start + udp.LENGTH : start + size].tobytes(), now)
 
     def _receive_other(self, packet: memoryview, now: float) -> None:
         head = ip.parse(packet, _IP)
@@ -179,9 +190,21 @@ class Stack:
 
     # Connections.
 
-    def established(self) -> None:
+    @property
+    def half_open(self) -> int:
+        """Connections whose client has not answered a SYN-ACK yet."""
+        return self.admission.half_open
+
+    def established(self, conn: Connection) -> None:
         """A connection left the half-open ones."""
-        self.half_open -= 1
+        self.admission.established(conn.source)
+
+    def memory_is_full(self) -> bool:
+        """True, and counted, when a piece of data cannot be kept because the connections hold too much already."""
+        full = self.memory.used >= self.memory.limit
+        if full:
+            self.drop("memory-limit")
+        return full
 
     def keep_in_time_wait(self, conn: Connection, now: float) -> None:
         """The connection is over, and its last ACK may be lost."""
@@ -190,8 +213,8 @@ class Stack:
     def forget(self, conn: Connection, half_open: bool) -> None:
         """The connection is closed."""
         self.connections.pop(conn.key, None)
-        if half_open:
-            self.half_open -= 1
+        self.memory.used -= conn.rx.charged
+        self.admission.closed(conn.source, half_open)
 
     # UDP.
 
@@ -199,9 +222,20 @@ class Stack:
         """start: of the UDP header; length: its field; end: of the IP packet, which may have bytes to spare."""
         if length < udp.LENGTH or start + length > end:
             raise ip.MalformedError("udp-length")
-        self.received["udp"] += 1
         payload = packet[start + udp.LENGTH : start + length]
-        self.listener.udp_received(Datagram(key, payload, packet[_IP:end]), now)
+        pieces = split(payload, udp.segment_size(packet))
+        self.received["udp"] += len(pieces)
+        flow = self.udp_flows.get(key)
+        for piece in pieces:
+            if flow is not None:
+                flow.add(piece.tobytes(), now)
+            else:
+                self.listener.udp_received(Datagram(key, piece, packet[_IP:end]), now)
+                flow = self.udp_flows.get(key)  # it may be one from now on
+
+    def add_udp_flow(self, key: bytes, deliver: Deliver) -> None:
+        """From now on the datagrams of this flow are no news for the listener: `deliver` gets them in runs."""
+        self.udp_flows[key] = UdpFlow(deliver, self._udp_runs)
 
     def _receive_udp_slowly(self, packet: memoryview, head: ip.IpHeader, checked: bool, now: float) -> None:
         """Behind IP options, reassembled, to a group, or with a checksum that nobody has looked at."""
@@ -224,6 +258,20 @@ class Stack:
             self._send_udp_fragments(header.key, payload)
         else:
             self.outbox.append((header.pack(len(payload)), payload))
+
+    def send_udp_run(self, header: DatagramHeader, payload: memoryview, size: int) -> None:
+        """Send datagrams that lie one behind the other, each of `size` bytes, the last of which may be shorter."""
+        if len(payload) <= size:
+            self.send_udp(header, payload)
+            return
+        fits = header.overhead + size <= self.settings.mtu
+        step = size * (min(RUN, header.largest // size) if fits else 1)
+        for at in range(0, len(payload), step):
+            piece = payload[at : at + step]
+            if len(piece) <= size:
+                self.send_udp(header, piece)
+            else:
+                self.outbox.append((header.pack_run(len(piece), size), piece))
 
     def _send_udp_fragments(self, key: bytes, payload: bytes | memoryview) -> None:
         half = (len(key) - 4) // 2
@@ -249,7 +297,11 @@ class Stack:
     # Time.
 
     def flush(self, now: float) -> None:
-        """The end of a batch of packets: send the ACKs that nothing else has carried."""
+        """The end of a batch of packets: hand on the datagrams, send the ACKs that nothing else has carried."""
+        if self._udp_runs:
+            for flow in self._udp_runs:
+                flow.flush(now)
+            self._udp_runs.clear()
         later, self.ack_later = self.ack_later, []
         for conn in later:
             conn.flush_ack(now)
@@ -269,3 +321,11 @@ class Stack:
 def _verify(addresses: bytes, protocol: int, data: memoryview, reason: str) -> None:
     if not checksum.is_valid(data, checksum.pseudo_sum(addresses, protocol, len(data))):
         raise ip.MalformedError(reason)
+
+
+def _is_between_hosts(key: bytes) -> bool:
+    """Whether both addresses can be those of one host; IPv4's groups and what is above them cannot."""
+    half = (len(key) - 4) // 2
+    if half == 4:
+        return ip.is_unicast(key[:4]) and key[4] < 224
+    return ip.is_unicast(key[:16]) and key[16] != 0xFF

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from ztun.errors import ZtunError
 from ztun.ports import Buffer
+from ztun.wire import udp, vnet
 
 _CLONE_DEVICE = "/dev/net/tun"
 _TUNSETIFF = 0x400454CA
@@ -25,6 +26,8 @@ _IFF_TUN_EXCL = 0x8000
 _TUN_F_CSUM = 0x01
 _TUN_F_TSO4 = 0x02
 _TUN_F_TSO6 = 0x04
+_TUN_F_USO4 = 0x20  # Linux 6.2
+_TUN_F_USO6 = 0x40
 _IFNAMSIZ = 16
 _VNET_HEADER_SIZE = 10  # struct virtio_net_hdr, without num_buffers
 
@@ -35,13 +38,15 @@ _writev = os.writev
 class TunDevice:
     """A ztun.ports.PacketDevice on /dev/net/tun. It is not persistent: it goes with its file descriptor.
 
-    `send_errors` counts what the kernel refused to take.
+    `send_errors` counts what the kernel refused to take; `cuts_datagrams`: whether it cuts super-datagrams (UDP
+    segmentation offload), which is done here for a kernel that does not.
     """
 
-    def __init__(self, name: str, mtu: int, fd: int) -> None:
+    def __init__(self, name: str, mtu: int, fd: int, *, cuts_datagrams: bool = False) -> None:
         self.name = name
         self.mtu = mtu
         self.send_errors = 0
+        self.cuts_datagrams = cuts_datagrams
         self._fd = fd
 
     def fileno(self) -> int:
@@ -60,12 +65,25 @@ class TunDevice:
 
     def send(self, buffers: Sequence[Buffer]) -> bool:
         """Write one packet given in pieces, virtio_net_hdr first. False when the kernel refused it."""
+        if not self.cuts_datagrams and buffers[0][1] == vnet.GSO_UDP_L4:
+            return self._send_cut(buffers)
         try:
             _writev(self._fd, buffers)
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.EINVAL and buffers[0][1] == vnet.GSO_UDP_L4:
+                self.cuts_datagrams = False
+                return self._send_cut(buffers)
             self.send_errors += 1
             return False
         return True
+
+    def _send_cut(self, buffers: Sequence[Buffer]) -> bool:
+        """Write the datagrams of a super-datagram one by one."""
+        front, payload = buffers
+        refused = self.send_errors
+        for datagram in udp.segments(bytes(front), memoryview(payload)):
+            self.send(datagram)
+        return self.send_errors == refused
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -83,11 +101,11 @@ def open_tun(name: str, mtu: int) -> TunDevice:
         raise ZtunError(f"tun.name {name!r}: an interface name has 1 to 15 bytes")
     fd = _open_clone_device()
     try:
-        _configure(fd, encoded)
+        cuts_datagrams = _configure(fd, encoded)
     except OSError as error:
         os.close(fd)
         raise ZtunError(_explain(name, error)) from error
-    return TunDevice(name, mtu, fd)
+    return TunDevice(name, mtu, fd, cuts_datagrams=cuts_datagrams)
 
 
 def _open_clone_device() -> int:
@@ -99,12 +117,21 @@ def _open_clone_device() -> int:
         raise ZtunError(f"cannot open {_CLONE_DEVICE}: {error.strerror}; run as root or with CAP_NET_ADMIN") from error
 
 
-def _configure(fd: int, name: bytes) -> None:
+def _configure(fd: int, name: bytes) -> bool:
+    """Returns whether the kernel has UDP segmentation offload on a TUN."""
     # IFF_TUN_EXCL: never take over a device that somebody else made persistent.
     flags = _IFF_TUN | _IFF_NO_PI | _IFF_VNET_HDR | _IFF_TUN_EXCL
     fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name, flags))
     fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", _VNET_HEADER_SIZE))
-    fcntl.ioctl(fd, _TUNSETOFFLOAD, _TUN_F_CSUM | _TUN_F_TSO4 | _TUN_F_TSO6)
+    offloads = _TUN_F_CSUM | _TUN_F_TSO4 | _TUN_F_TSO6
+    try:
+        fcntl.ioctl(fd, _TUNSETOFFLOAD, offloads | _TUN_F_USO4 | _TUN_F_USO6)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        fcntl.ioctl(fd, _TUNSETOFFLOAD, offloads)
+        return False
+    return True
 
 
 def _explain(name: str, error: OSError) -> str:
