@@ -180,6 +180,7 @@ class Net:
         """What must hold between any two packets."""
         stack = self.stack
         assert stack.half_open == sum(conn.state in _HALF_OPEN for conn in stack.connections.values())
+        self._check_memory()
         for key, conn in stack.connections.items():
             assert conn.key == key
             assert conn.state is not State.CLOSED
@@ -191,6 +192,14 @@ class Net:
             assert conn.deadline() >= conn.armed or conn.deadline() == float("inf")
             assert rx.held >= 0
             assert rx.reassembly.size <= rx.capacity
+
+    def _check_memory(self) -> None:
+        """The account is never below what the connections really hold."""
+        connections = self.stack.connections.values()
+        held = sum(conn.rx.charged + conn.queued for conn in connections)
+        assert self.stack.memory.used >= held
+        if not held:
+            assert self.stack.memory.used == 0
 
     def is_silent(self) -> None:
         assert not self.sent, f"not heard yet: {[packet[:80].hex() for packet in self.sent]}"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ztun.stack.buffers import BufferPool
+from ztun.stack.memory import Memory
 from ztun.stack.ranges import RangeSet
 from ztun.stack.reassembly import Reassembly
 from ztun.stack.sendqueue import SendQueue
@@ -182,7 +183,8 @@ class SendQueueAgainstBytes(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = BufferPool(size=64)
-        self.queue = SendQueue(1000, self.pool)
+        self.memory = Memory(1 << 20)
+        self.queue = SendQueue(1000, self.pool, self.memory)
         self.naive = b""
         self.start = 1000
 
@@ -218,10 +220,12 @@ class SendQueueAgainstBytes(RuleBasedStateMachine):
         self.queue.clear()
         self.start, self.naive = self.queue.end, b""
         assert len(self.pool) == self.pool.allocated - self.pool.freed, "every buffer is back"
+        assert self.memory.used == 0
 
     @invariant()
     def spans_the_same(self) -> None:
         assert (self.queue.start, self.queue.end) == (self.start, self.start + len(self.naive))
+        assert self.memory.used >= len(self.naive)
 
 
 TestSendQueue = SendQueueAgainstBytes.TestCase

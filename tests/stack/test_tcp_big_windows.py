@@ -12,7 +12,7 @@ _LARGEST = 0xFFFF << 14
 
 
 def opens_wide(talk: Callable[..., Client], **settings: int) -> Client:
-    client = talk(receive_buffer=_GIGABYTE, send_buffer=_GIGABYTE, **settings)
+    client = talk(receive_buffer=_GIGABYTE, send_buffer=_GIGABYTE, max_memory=4 * _GIGABYTE, **settings)
     client.connects(wscale=14, sack_ok=True)
     return client
 

@@ -21,7 +21,7 @@ def test_too_many_half_open_connections(talk: Callable[..., Client]) -> None:
     second.says(SYN)
     third.says(SYN)
     third.hears(RST | ACK, seq=0, ack=1)
-    assert third.dropped("tcp-limit") == 1
+    assert third.dropped("tcp-limit-half-open") == 1
     first.says(RST, seq=1)  # one gives up
     third.says(SYN, seq=0)
     third.net.accepts()

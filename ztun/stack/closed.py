@@ -71,14 +71,15 @@ class Unconnected:
         self, key: bytes, iss: int, packet: memoryview, seq: int, options: tcp.Options, window: int, now: float
     ) -> None:
         stack = self._stack
-        settings = stack.settings
-        if len(stack.connections) >= settings.max_connections or stack.half_open >= settings.max_half_open:
-            stack.drop("tcp-limit")
-            self._reset(key, seq, 0, tcp.SYN, 0)
+        source = key[: (len(key) - 4) // 2]
+        objection = stack.admission.objection(source)
+        if objection is not None:
+            stack.drop(objection)
+            stack.outbox.append((reset_for(reverse(key), 0, (seq + 1) & MASK),))
             return
         conn = Connection(stack, key, iss, bytes(packet[_IP : _IP + _QUOTE]), seq, options, window, now)
         stack.connections[key] = conn
-        stack.half_open += 1
+        stack.admission.opened(source)
         stack.opened += 1
         try:
             stack.listener.tcp_incoming(conn, now)

@@ -96,7 +96,12 @@ class Connection(Segments):
 
     def room(self) -> int:
         """How many bytes `send` would put on the way at once."""
-        return self.tx.room() if self.state in (State.ESTABLISHED, State.CLOSE_WAIT) else 0
+        if self.state is not State.ESTABLISHED and self.state is not State.CLOSE_WAIT:
+            return 0
+        room, memory = self.tx.room(), self.stack.memory
+        if memory.used < memory.limit or not room:
+            return room
+        return 0 if self.queued else min(room, memory.allowance(2 * self.tx.mss))
 
     # What the application asks for.
 
@@ -136,6 +141,7 @@ class Connection(Segments):
     def consumed(self, count: int, now: float) -> None:
         """The handler passed on `count` of the bytes that it had kept."""
         self.rx.held -= count
+        self._charge()
         if self.rx.window_grew() and self.state in (State.ESTABLISHED, State.FIN_WAIT_1, State.FIN_WAIT_2):
             self._emit_ack(now)
 
@@ -192,6 +198,7 @@ class Connection(Segments):
         if bits & FIN and (rx.fin is None or seq + length < rx.fin):
             rx.fin = seq + length  # of several, the one that is reached first counts
             rx.reassembly.cut(rx.fin)
+            self._charge()
         if rx.fin is not None and length and seq + length > rx.fin:
             length = self._cut_after_fin(seq, now)
         kept = length > 0 and self._take_data(seq, packet[payload : payload + length], now)
@@ -333,7 +340,7 @@ class Connection(Segments):
         else:
             self.tx.rtt.begin_after_loss()
         self.tx.retries = 0
-        self.stack.established()
+        self.stack.established(self)
         self.last_data = now
         self._idle_at = now + min(self.stack.settings.keepalive_idle, self.stack.settings.tcp_idle)
         self.arm(self._idle_at)
@@ -357,12 +364,16 @@ class Connection(Segments):
         rx = self.rx
         if seq != rx.nxt:
             if seq > rx.nxt:
-                kept = rx.reassembly.insert(seq, payload[: max(rx.edge - seq, 0)])
+                kept = not self.stack.memory_is_full() and rx.reassembly.insert(seq, payload[: max(rx.edge - seq, 0)])
+                self._charge()
                 self._emit_ack(now)  # a gap is told at once (RFC 5681 section 4.2)
                 return kept
             payload = payload[rx.nxt - seq :]
         if len(payload) > rx.edge - rx.nxt:
             payload = payload[: max(rx.edge - rx.nxt, 0)]
+        memory = self.stack.memory
+        if memory.used >= memory.limit:
+            payload = self._cut_to_memory(payload)
         if not payload:  # only the FIN is new, or the window is shut and its probe wants an answer
             rx.ack_now = True
             self._acknowledge_later()
@@ -372,6 +383,7 @@ class Connection(Segments):
             rx.ack_now = True  # and so is a gap that was filled
             while not self.is_closed and (piece := rx.reassembly.take(rx.nxt)) is not None:
                 self._deliver(piece, now)
+            self._charge()
         self._acknowledge_later()
         return kept
 
@@ -384,7 +396,26 @@ class Connection(Segments):
         self.rx.held += len(payload)
         kept = self.handler.data(payload, now)
         self.rx.held -= len(payload) - kept
-        return kept > 0
+        if not kept:
+            return False
+        self._charge()
+        return True
+
+    def _cut_to_memory(self, payload: memoryview) -> memoryview:
+        """The connections hold too much: what this one may add. The client keeps the rest and sends it again."""
+        allowed = 0 if self.rx.held else self.stack.memory.allowance(2 * self.rx.mss)
+        if len(payload) <= allowed:
+            return payload
+        self.stack.drop("memory-limit")
+        return payload[:allowed]
+
+    def _charge(self) -> None:
+        """Say how much of what was received is held now."""
+        rx = self.rx
+        if self.state is not State.CLOSED:
+            held = rx.held + rx.reassembly.cost
+            self.stack.memory.used += held - rx.charged
+            rx.charged = held
 
     def _acknowledge_later(self) -> None:
         """The ACK waits for the end of the batch: what the application sends until then carries it."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 
+from ztun.stack.memory import PIECE
 from ztun.stack.ranges import RangeSet
 
-# Below this a copy is cheaper than keeping the 64 KiB buffer that the bytes arrived in.
-_COPY_BELOW = 16384
+# Below this the bytes are copied, so that no piece keeps a buffer alive that is more than twice as large.
+_COPY_BELOW = 32768
 
 
 # Arrivals that are remembered to order SACK blocks by.
@@ -37,6 +38,11 @@ class Reassembly:
     def size(self) -> int:
         """Bytes that are held."""
         return self._ranges.total
+
+    @property
+    def cost(self) -> int:
+        """Bytes of memory that this takes, near enough."""
+        return self._ranges.total + PIECE * len(self._pieces)
 
     def insert(self, start: int, data: memoryview) -> bool:
         """Keep the parts of `data` that are new. Returns True when a view of the buffer itself was kept.

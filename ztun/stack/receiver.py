@@ -13,8 +13,8 @@ class Receiver:
     """Sequence numbers are full integers. nxt: next byte expected; edge: right edge of the advertised window."""
 
     __slots__ = (
-        "ack_at", "ack_now", "capacity", "edge", "fin", "held", "mss", "nxt", "reassembly", "scale", "scheduled",
-        "unacknowledged",
+        "ack_at", "ack_now", "capacity", "charged", "edge", "fin", "held", "mss", "nxt", "reassembly", "scale",
+        "scheduled", "unacknowledged",
     )  # fmt: skip
 
     def __init__(self, first: int, capacity: int, scale: int, mss: int) -> None:
@@ -24,6 +24,7 @@ class Receiver:
         self.mss = mss
         self.edge = first
         self.held = 0  # bytes that the handler has and could not pass on yet
+        self.charged = 0  # bytes that the stack's memory account has for this half
         self.fin: int | None = None  # sequence number of the peer's FIN once it was seen
         self.reassembly = Reassembly(max(capacity // _BYTES_PER_PIECE, _PIECES))
         self.unacknowledged = 0  # bytes received since the last ACK

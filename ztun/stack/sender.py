@@ -52,7 +52,7 @@ class Sender:
     def __init__(self, conn: Connection, first: int, mss: int) -> None:
         settings = conn.stack.settings
         self._conn = conn
-        self.queue = SendQueue(first, conn.stack.pool)
+        self.queue = SendQueue(first, conn.stack.pool, conn.stack.memory)
         self.una = self.nxt = first
         self.mss = mss
         self.largest = mss

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from ztun.stack.buffers import BufferPool
+from ztun.stack.memory import PIECE, Memory
 
 _MOST_PIECES = 256  # the kernel takes at most 1024 at once (IOV_MAX), headers included
 _Chunk = tuple[int, memoryview, memoryview | None]  # end, bytes, the pool's buffer that they lie in
@@ -14,9 +15,10 @@ _NOTHING: deque[_Chunk] = deque()  # shared: an empty deque is 600 bytes, and id
 class SendQueue:
     """A byte stream from sequence number `start` to `end`. Buffers go back to the pool when they are acknowledged."""
 
-    __slots__ = ("_chunks", "_pool", "end", "start")
+    __slots__ = ("_chunks", "_memory", "_pool", "end", "start")
 
-    def __init__(self, first: int, pool: BufferPool) -> None:
+    def __init__(self, first: int, pool: BufferPool, memory: Memory) -> None:
+        self._memory = memory
         self._chunks = _NOTHING
         self._pool = pool
         self.start = first
@@ -25,6 +27,7 @@ class SendQueue:
     def append(self, data: memoryview, owner: memoryview | None) -> None:
         """Add bytes. owner: the pool's buffer that `data` is a part of, or None."""
         self.end += len(data)
+        self._memory.used += len(data) + PIECE if owner is None else self._pool.size
         if not self._chunks:
             self._chunks = deque()
         self._chunks.append((self.end, data, owner))
@@ -33,8 +36,11 @@ class SendQueue:
         """Drop every chunk that ends at or before `sequence`."""
         chunks = self._chunks
         while chunks and chunks[0][0] <= sequence:
-            _, _, owner = chunks.popleft()
-            if owner is not None:
+            _, data, owner = chunks.popleft()
+            if owner is None:
+                self._memory.used -= len(data) + PIECE
+            else:
+                self._memory.used -= self._pool.size
                 self._pool.retire(owner)
         if not chunks:
             self._chunks = _NOTHING

@@ -15,7 +15,10 @@ class StackSettings:
     receive_buffer: int = 1 << 20  # what a connection may hold for an outbound that is slower than its client
     send_buffer: int = 4194304  # unacknowledged bytes towards one client
     max_connections: int = 65536
+    max_connections_per_source: int = 16384  # a source may be a whole LAN behind one NAT address
     max_half_open: int = 4096
+    max_half_open_per_source: int = 1024
+    max_memory: int = 256 << 20  # bytes that all connections together hold
     max_time_wait: int = 16384
 
     initial_rto: float = 1.0  # RFC 6298 (2.1)

@@ -13,8 +13,8 @@ from ztun.stack.fragments import FragmentTable
 from ztun.stack.header import DatagramHeader
 from ztun.stack.icmp import Icmp
 from ztun.stack.listener import Datagram, Listener
-from ztun.stack.runs import RUN, Deliver, UdpFlow, split
 from ztun.stack.memory import Memory
+from ztun.stack.runs import RUN, Deliver, UdpFlow, split
 from ztun.stack.settings import StackSettings
 from ztun.stack.timers import TimerQueue
 from ztun.wire import checksum, ip, udp, vnet
