@@ -157,7 +157,9 @@ class OutboundError(Exception):
         self.failure = failure
 
 
-DatagramHandler = Callable[[str, int, Buffer], None]
+DatagramHandler = Callable[[str, int, memoryview, int], None]
+"""on_datagram(host, port, payload, size): what one sender sent, datagrams of `size` bytes one behind the other, the
+last of which may be shorter. payload must be copied to be kept."""
 UnreachableHandler = Callable[[Destination, OutboundError], None]
 
 
@@ -166,6 +168,10 @@ class DatagramLink(Protocol):
 
     def send(self, destination: Destination, payload: Buffer) -> None:
         """Send one datagram now or lose it, as UDP does. Raises OutboundError when the destination refused earlier."""
+        ...
+
+    def send_run(self, destination: Destination, payloads: Sequence[Buffer]) -> None:
+        """The same for at least one datagram; all have one size, except that the last may be shorter."""
         ...
 
     def close(self) -> None: ...
@@ -190,7 +196,7 @@ class Outbound(Protocol):
         on_failure: Callable[[OutboundError], None],
         on_unreachable: UnreachableHandler | None = None,
     ) -> DatagramLink:
-        """Open a link; `on_datagram(host, port, payload)` is called for what comes back, `on_failure` when it dies.
+        """Open a link; `on_datagram` (see DatagramHandler) is called for what comes back, `on_failure` when it dies.
 
         `on_unreachable(destination, error)` is called when one destination could not be reached (ICMP said so) while
         the link lives on; without it the next `send` to that destination raises.

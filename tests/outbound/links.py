@@ -7,7 +7,7 @@ import contextlib
 import socket
 from collections.abc import Iterator
 
-from ztun.ports import Buffer, DatagramLink, Destination, Failure, Outbound, OutboundError
+from ztun.ports import DatagramLink, Destination, Failure, Outbound, OutboundError
 
 
 class Link:
@@ -21,8 +21,9 @@ class Link:
     async def open(self, way: Outbound, *, tell: bool = True) -> DatagramLink:
         return await way.open_datagrams(self._on_datagram, self.died.append, self._on_unreachable if tell else None)
 
-    def _on_datagram(self, host: str, port: int, payload: Buffer) -> None:
-        self.heard.append((host, port, bytes(payload)))
+    def _on_datagram(self, host: str, port: int, payload: memoryview, size: int) -> None:
+        for at in range(0, len(payload) or 1, size or 1):
+            self.heard.append((host, port, bytes(payload[at : at + size])))
 
     def _on_unreachable(self, destination: Destination, error: OutboundError) -> None:
         self.unreachable.append((destination, error.failure))

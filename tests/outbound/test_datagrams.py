@@ -10,7 +10,7 @@ import pytest
 
 from ztun.outbound.base import Resolve
 from ztun.outbound.direct import DirectOutbound
-from ztun.ports import Buffer, Destination, Failure, OutboundError
+from ztun.ports import Destination, Failure, OutboundError
 
 from . import netns
 from .links import Link, echo
@@ -141,14 +141,14 @@ async def test_a_burst_is_read_in_turns(sockets: Sockets, seen: Link) -> None:
 async def test_a_handler_may_close_the_link(sockets: Sockets) -> None:
     heard = []
 
-    def on_datagram(host: str, port: int, payload: Buffer) -> None:
+    def on_datagram(host: str, port: int, payload: memoryview, size: int) -> None:
         heard.append(bytes(payload))
         link.close()
 
     link = await outbound(sockets, "direct").open_datagrams(on_datagram, lambda _: None)
     with echo() as address:
         link.send(Destination(*address), b"1")
-        link.send(Destination(*address), b"2")
+        link.send(Destination(*address), b"longer: another run")
         await until(lambda: heard)
         await asyncio.sleep(0.02)
     assert heard == [b"1"]

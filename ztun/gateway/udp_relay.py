@@ -6,7 +6,8 @@ A reply from an address that the client reached under a Fake-IP comes back from 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import structlog
@@ -57,7 +58,7 @@ class UdpSession:
             return
         waiting, self._waiting = self._waiting, []
         for destination, payload in waiting:
-            self._forward(destination, payload)
+            self._forward(destination, (payload,))
 
     def add(self, datagram: Datagram, destination: Destination) -> UdpFlow:
         """The first datagram to a destination; the reply to it will come from where the client sent it."""
@@ -68,35 +69,39 @@ class UdpSession:
             self._quotes[destination] = flow.quote
         return flow
 
-    def send(self, destination: Destination, payload: memoryview, now: float) -> None:
+    def send(self, destination: Destination, payloads: Sequence[Buffer], now: float) -> None:
+        """Send a run: datagrams of one size, of which the last may be shorter."""
         self.last_used = now
+        self._relay.sent += len(payloads)
         if self._link is not None:
-            self._forward(destination, payload)
-        elif len(self._waiting) < _MAX_WAITING:
-            self._waiting.append((destination, bytes(payload)))
-        else:
-            self._relay.engine.stack.drop("udp-waiting")
+            self._forward(destination, payloads)
+            return
+        for payload in payloads:
+            if len(self._waiting) < _MAX_WAITING:
+                self._waiting.append((destination, bytes(payload)))
+            else:
+                self._relay.engine.stack.drop("udp-waiting")
 
-    def _forward(self, destination: Destination, payload: Buffer) -> None:
+    def _forward(self, destination: Destination, payloads: Sequence[Buffer]) -> None:
         assert self._link is not None
         try:
-            self._link.send(destination, payload)
+            self._link.send_run(destination, payloads)
         except OutboundError as error:
             self._unreachable(destination, error)
 
     def _unreachable(self, destination: Destination, error: OutboundError) -> None:
         self._relay.tell(self, self._quotes.get(destination, b""), error)
 
-    def _received(self, host: str, port: int, payload: Buffer) -> None:
+    def _received(self, host: str, port: int, payload: memoryview, size: int) -> None:
         relay = self._relay
         header = self._replies.get((host, port)) or self._stranger(host, port)
         if header is None:
             relay.engine.stack.drop("udp-reply-address")
             return
         self.last_used = relay.engine.now()
-        relay.received += 1
-        relay.engine.stack.send_udp(header, memoryview(payload))
-        relay.engine.send()
+        relay.received += -(-len(payload) // size) if size else 1
+        relay.engine.stack.send_udp_run(header, payload, size)
+        relay.engine.send()  # now: who reads next writes over the payload
 
     def _stranger(self, host: str, port: int) -> DatagramHeader | None:
         """Somebody the client never wrote to: full cone lets it in, under its own address."""
@@ -141,17 +146,16 @@ class UdpRelay:
         self._limit = limit
         self._on_dns = on_dns
         self._sessions: dict[tuple[bytes, bytes, str], UdpSession] = {}
-        self._flows: dict[bytes, UdpFlow] = {}  # by the key of the client's datagrams
         self._sweeper: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self._sessions)
 
     def receive(self, datagram: Datagram, now: float) -> None:
-        flow = self._flows.get(datagram.key) or self._open(datagram, now)
+        """A datagram of a flow that the stack has not been told of yet."""
+        flow = self._open(datagram, now)
         if flow is not None:
-            self.sent += 1
-            flow.session.send(flow.destination, datagram.payload, now)
+            flow.session.send(flow.destination, (datagram.payload,), now)
 
     def _open(self, datagram: Datagram, now: float) -> UdpFlow | None:
         """Decide about the first datagram of a flow. None when it ends here."""
@@ -169,7 +173,7 @@ class UdpRelay:
             return None
         flow = session.add(datagram, route.destination)
         if datagram.key in session.flows:
-            self._flows[datagram.key] = flow
+            self.engine.stack.add_udp_flow(datagram.key, functools.partial(session.send, route.destination))
         if route.fake and datagram.destination not in session.fakes:
             session.fakes.add(datagram.destination)
             self._names.acquire(datagram.destination)
@@ -200,7 +204,7 @@ class UdpRelay:
             return
         session.close()
         for key in session.flows:
-            self._flows.pop(key, None)
+            self.engine.stack.udp_flows.pop(key, None)
         for address in session.fakes:
             self._names.release(address)
 

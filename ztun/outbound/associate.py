@@ -6,8 +6,9 @@ import asyncio
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from ztun.outbound.batch import Run
 from ztun.outbound.names import proxy_name
 from ztun.outbound.senders import Senders
 from ztun.outbound.tcp import is_literal
@@ -16,6 +17,7 @@ from ztun.ports import Buffer, DatagramHandler, Destination, Failure, OutboundEr
 
 _MAX_HEADERS = 4096  # destinations whose header is kept ready
 _IPV4, _NAME, _IPV6 = 1, 3, 4  # ATYP
+_IPV4_HEADER = 10  # bytes
 
 
 def encode_header(destination: Destination) -> bytes:
@@ -84,22 +86,21 @@ class AssociateLink:
         self._on_failure = on_failure
         self._headers: dict[Destination, bytes] = {}
         self._senders = Senders()
-        self._relay = UdpSocket(relay, self._received, self._relay_failed, drops)
+        self._known: dict[bytes, tuple[str, int]] = {}  # headers that were read -> whom to report
+        self._relay = UdpSocket(relay, self._received, self._relay_failed, drops, connected=True, head=_IPV4_HEADER)
         self._loop.add_reader(control, self._control_readable)
 
     def send(self, destination: Destination, payload: Buffer) -> None:
         """See `ztun.ports.DatagramLink.send`. Names go to the proxy as they are."""
+        self.send_run(destination, (payload,))
+
+    def send_run(self, destination: Destination, payloads: Sequence[Buffer]) -> None:
+        """See `ztun.ports.DatagramLink.send_run`."""
         if self.closed:
             return
-        header = self._headers.get(destination)
-        if header is None:
-            if len(self._headers) >= _MAX_HEADERS:
-                self._headers.clear()
-                self._senders.clear()
-            header = self._headers[destination] = encode_header(destination)
-            self._senders.sent(destination)
+        header = self._headers.get(destination) or self._add_header(destination)
         try:
-            self._relay.send([header, payload], None)
+            self._relay.send_run(header, payloads, None)
         except OSError as error:
             # Later, since who sends does not expect to lose the link meanwhile.
             self._loop.call_soon(self._relay_failed, error.errno or 0, None)
@@ -112,13 +113,49 @@ class AssociateLink:
         self._control.close()
         self._relay.close()
 
-    def _received(self, datagram: bytes, address: Address) -> None:
+    def _add_header(self, destination: Destination) -> bytes:
+        if len(self._headers) >= _MAX_HEADERS:
+            self._headers.clear()
+            self._senders.clear()
+        header = self._headers[destination] = encode_header(destination)
+        self._senders.sent(destination)
+        self._known.clear()  # another answer may be meant for this one
+        return header
+
+    def _received(self, run: Run) -> None:
+        _, head, payload, size = run
+        sender = self._known.get(head) or self._learn(head)
+        if sender is not None:
+            self._on_datagram(*sender, payload, size)
+            return
+        for at in range(0, len(payload) or 1, size or 1):
+            self._received_one(head + payload[at : at + size])
+            if self.closed:
+                return
+
+    def _learn(self, head: bytes) -> tuple[str, int] | None:
+        """Whom to report for datagrams that begin with `head`; None when it is not exactly a header."""
+        try:
+            host, port, start = decode_header(head)
+        except ValueError:
+            return None
+        if start != len(head):
+            return None
+        if len(self._known) >= _MAX_HEADERS:
+            self._known.clear()
+        sender = self._known[head] = self._senders.find(host, port), port
+        return sender
+
+    def _received_one(self, datagram: bytes) -> None:
+        """A datagram of which nothing is known yet, not even how long its header is."""
         try:
             host, port, start = decode_header(datagram)
         except ValueError as error:
             self._drops[str(error)] += 1
             return
-        self._on_datagram(self._senders.find(host, port), port, memoryview(datagram)[start:])
+        self._relay.reader.head = start
+        payload = memoryview(datagram)[start:]
+        self._on_datagram(self._senders.find(host, port), port, payload, len(payload))
 
     def _relay_failed(self, number: int, address: Address | None) -> None:
         self._fail(f"its relay cannot be reached: {os.strerror(number)}")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from ztun.outbound.base import Resolve, resolved
+from ztun.outbound.batch import Run
 from ztun.outbound.errors import os_error, unreachable
 from ztun.outbound.tcp import family_of, is_literal
 from ztun.outbound.udp import Address, UdpSocket
@@ -46,23 +48,26 @@ class DirectLink:
         self._sockets: dict[int, UdpSocket] = {}
         self._targets: dict[Destination, _Target] = {}
         self._hosts: dict[tuple[str, int], str] = {}  # real address -> the host that it was sent to as
+        self._senders: dict[Any, tuple[str, int]] = {}  # what the socket calls a sender -> its real address
         self._waiting: dict[Destination, list[bytes]] = {}
         self._resolving: set[asyncio.Task[None]] = set()
         self._noted: dict[Destination, OutboundError] = {}
 
     def send(self, destination: Destination, payload: Buffer) -> None:
         """See `ztun.ports.DatagramLink.send`. A datagram to a new name waits for the name's address."""
+        self.send_run(destination, (payload,))
+
+    def send_run(self, destination: Destination, payloads: Sequence[Buffer]) -> None:
+        """See `ztun.ports.DatagramLink.send_run`."""
         if self.closed:
             return
         if self._noted and (error := self._noted.pop(destination, None)):
             raise error
-        target = self._targets.get(destination)
+        target = self._targets.get(destination) or self._find_target(destination, payloads)
         if target is None:
-            target = self._find_target(destination, payload)
-            if target is None:
-                return
+            return
         try:
-            self._socket(target.family).send([payload], target.address)
+            self._socket(target.family).send_run(b"", payloads, target.address)
         except OSError as error:
             raise unreachable(destination, error) from None
 
@@ -74,28 +79,30 @@ class DirectLink:
             sock.close()
 
     def _socket(self, family: int) -> UdpSocket:
-        sock = self._sockets.get(family)
-        if sock is None:
-            raw = self._factory(family, socket.SOCK_DGRAM)
-            if family == socket.AF_INET6:
-                raw.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock = self._sockets[family] = UdpSocket(raw, self._received, self._failed, self._drops)
+        return self._sockets.get(family) or self._add_socket(family)
+
+    def _add_socket(self, family: int) -> UdpSocket:
+        raw = self._factory(family, socket.SOCK_DGRAM)
+        if family == socket.AF_INET6:
+            raw.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock = UdpSocket(raw, lambda run: self._received(sock, run), self._failed, self._drops)
+        self._sockets[family] = sock
         return sock
 
-    def _find_target(self, destination: Destination, payload: Buffer) -> _Target | None:
+    def _find_target(self, destination: Destination, payloads: Sequence[Buffer]) -> _Target | None:
         """The target of a new destination; None when its name has to be resolved first."""
         if is_literal(destination.host):
             return self._add_target(destination, destination.host)
         waiting = self._waiting.get(destination)
         if waiting is None:
-            self._waiting[destination] = [bytes(payload)]
+            waiting = self._waiting[destination] = []
             task = asyncio.get_running_loop().create_task(self._resolve_target(destination))
             self._resolving.add(task)
             task.add_done_callback(self._resolving.discard)
-        elif len(waiting) < _MAX_WAITING:
-            waiting.append(bytes(payload))
-        else:
-            self._drops["name pending"] += 1
+        room = _MAX_WAITING - len(waiting)
+        waiting += map(bytes, payloads[:room])
+        if len(payloads) > room:
+            self._drops["name pending"] += len(payloads) - room
         return None
 
     def _add_target(self, destination: Destination, address: str) -> _Target:
@@ -125,9 +132,13 @@ class DirectLink:
                     return address
         return ordered[0]
 
-    def _received(self, payload: bytes, address: Address) -> None:
-        host, port = str(address[0]), int(address[1])
-        self._on_datagram(self._hosts.get((host, port), host), port, payload)
+    def _received(self, sock: UdpSocket, run: Run) -> None:
+        sender = self._senders.get(run.name)
+        if sender is None:
+            if len(self._senders) >= _MAX_TARGETS:
+                self._senders.clear()
+            sender = self._senders[run.name] = sock.reader.sender_of(run)
+        self._on_datagram(self._hosts.get(sender, sender[0]), sender[1], run.payload, run.size)
 
     def _failed(self, number: int, address: Address | None) -> None:
         if address is None or not address:

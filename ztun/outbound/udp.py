@@ -1,4 +1,4 @@
-"""One UDP socket on the loop: bounded reads, and the ICMP errors that came back for what it sent."""
+"""One UDP socket on the loop: bounded reads, runs sent with one call, and the ICMP errors that came back."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import errno
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-_BATCH = 64  # datagrams a wake-up, so that one busy link does not hold up the rest of the loop
+from ztun.outbound.batch import BatchReader, PlainReader, Reader, Run, can_batch
+from ztun.ports import Buffer
+
 _ERRORS = 64  # errors a wake-up
-_MAX_DATAGRAM = 65535
-_RECEIVE_BUFFER = 1 << 20  # bytes, as far as net.core.rmem_max allows: a burst must outlast one turn of the loop
+_MAX_SEGMENTS = 64  # UDP_MAX_SEGMENTS of linux/udp.h before 6.9
+_MAX_BYTES = 65507  # of one call: it is one IPv4 packet up to the device
+_BUFFER = 1 << 20  # bytes, as far as net.core.rmem_max and wmem_max allow: a burst must outlast one turn of the loop
+_UDP_SEGMENT = 103  # linux/udp.h, since 4.18
+# What a socket answers that cannot cut (no checksum offload, IPsec, an old kernel), or that nobody lets.
+_CANNOT_CUT = (errno.EIO, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOPROTOOPT, errno.EPERM)
 
 # Numbers of linux/in.h and linux/in6.h that Python does not name before 3.14.
 _RECVERR = {socket.AF_INET: (socket.IPPROTO_IP, 11), socket.AF_INET6: (socket.IPPROTO_IPV6, 25)}
@@ -26,26 +32,35 @@ Address = tuple[Any, ...]  # (host, port) or (host, port, flow, scope)
 class UdpSocket:
     """A non-blocking UDP socket of which this takes ownership.
 
-    on_datagram(payload, address) is called for what arrives, on_error(errno, address) for each ICMP error, with the
-    address that the failed datagram was sent to (where the kernel can tell: None on systems without an error queue).
-    drops: reason -> datagrams that were not sent, counted up.
+    on_run(run) is called for what arrives, on_error(errno, address) for each ICMP error, with the address that the
+    failed datagram was sent to (where the kernel can tell: None on systems without an error queue).
+    drops: reason -> datagrams that were not sent, counted up; connected: whether the socket is; head: how many first
+    bytes of each datagram are a header.
+
+    cuts: the largest datagrams, in bytes, of which the kernel cuts several out of one call; 0 when it cuts none.
     """
 
     def __init__(
         self,
         sock: socket.socket,
-        on_datagram: Callable[[bytes, Address], None],
+        on_run: Callable[[Run], None],
         on_error: Callable[[int, Address | None], None],
         drops: Counter[str],
+        *,
+        connected: bool = False,
+        head: int = 0,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._sock = sock
-        self._on_datagram = on_datagram
+        self._on_run = on_run
         self._on_error = on_error
         self._has_error_queue = hasattr(socket, "MSG_ERRQUEUE")
         self.closed = False
         self._drops = drops
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
+        self.cuts = _MAX_BYTES if self._has_error_queue else 0  # as much a thing of Linux as UDP_SEGMENT
+        self.reader: Reader = (BatchReader if can_batch() else PlainReader)(sock, connected=connected, head=head)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
         if self._has_error_queue:
             sock.setsockopt(*_RECVERR[sock.family], 1)
         self._loop.add_reader(sock, self._on_readable)
@@ -63,6 +78,42 @@ class UdpSocket:
                 raise
             if not self.closed:
                 self._send(pieces, address)
+
+    def send_run(self, header: bytes, payloads: Sequence[Buffer], address: Address | None) -> None:
+        """Send datagrams of one size, of which the last may be shorter, each behind `header`; otherwise as `send`."""
+        size = len(header) + len(payloads[0])
+        step = min(_MAX_SEGMENTS, _MAX_BYTES // size) if 0 < size <= self.cuts else 1
+        for at in range(0, len(payloads), step):
+            if self.closed:
+                return
+            some = payloads[at : at + step]
+            if len(some) == 1 or not self._send_cut(header, some, size, address):
+                for payload in some:
+                    self.send([header, payload], address)
+
+    def _send_cut(self, header: bytes, payloads: Sequence[Buffer], size: int, address: Address | None) -> bool:
+        """Send several datagrams with one call. False when they are to be sent one by one."""
+        whole = header.join((b"", *payloads))
+        how = [(socket.IPPROTO_UDP, _UDP_SEGMENT, struct.pack("=H", size))]
+        try:
+            if address is None:
+                self._sock.sendmsg([whole], how)
+            else:
+                self._sock.sendmsg([whole], how, 0, address)
+        except (BlockingIOError, InterruptedError):
+            self._drops["socket full"] += len(payloads)
+        except OSError as error:
+            if error.errno == errno.ENOBUFS:
+                self._drops["socket full"] += len(payloads)
+                return True
+            if error.errno == errno.EMSGSIZE:
+                self.cuts = size - 1  # more than the path takes whole; the kernel cuts, but does not fragment as well
+            elif error.errno in _CANNOT_CUT:
+                self.cuts = 0
+            else:
+                self._collect_errors(error)  # of an earlier datagram, or `send` says it again
+            return False
+        return True
 
     def close(self) -> None:
         if not self.closed:
@@ -84,17 +135,19 @@ class UdpSocket:
             self._drops["too long" if error.errno == errno.EMSGSIZE else "socket full"] += 1
 
     def _on_readable(self) -> None:
-        for count in range(_BATCH):
+        for count in range(self.reader.calls):
             try:
-                payload, address = self._sock.recvfrom(_MAX_DATAGRAM)
+                runs = self.reader.receive()
             except (BlockingIOError, InterruptedError):
                 if count == 0:
                     self._collect_errors(None)
                 return
             except OSError as error:
                 self._collect_errors(error)
-            else:
-                self._on_datagram(payload, address)
+                runs = []
+            for run in runs:
+                if not self.closed:
+                    self._on_run(run)
             if self.closed:
                 return
 
