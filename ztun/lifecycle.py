@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, contextmanager
@@ -21,9 +22,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
-    """Set once someone wants the process to end: gracefully at first, at once when a second signal comes."""
+    """Set once someone wants the process to end: gracefully at first, at once when a second signal comes.
 
-    def __init__(self) -> None:
+    reopen: opens the log file anew and says whether there is one; SIGHUP is then for it (logrotate(8)), and stops the
+    process only when its terminal is gone.
+    """
+
+    def __init__(self, reopen: Callable[[], bool] = lambda: False) -> None:
+        self._reopen = reopen
+        self._had_terminal = has_terminal()
         self.asked = asyncio.Event()
         self.hurried = asyncio.Event()
 
@@ -32,6 +39,9 @@ class StopRequest:
         self.asked.set()
 
     def _on_signal(self, number: signal.Signals) -> None:
+        if number is signal.SIGHUP and self._had_terminal == has_terminal() and self._reopen():
+            log.info("log file opened again")
+            return
         if self.asked.is_set():
             log.warning("stopping at once", signal=number.name)
             self.hurried.set()
@@ -52,6 +62,15 @@ class StopRequest:
         finally:
             for number in caught:
                 loop.remove_signal_handler(number)
+
+
+def has_terminal() -> bool:
+    """Whether this process has a controlling terminal: one that hangs up is taken away first (tty_ioctl(4))."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
 
 
 async def unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:

@@ -120,6 +120,31 @@ def routes(
     return 0
 
 
+@application.command("log-level")
+def log_level(
+    level: Annotated[
+        Literal["debug", "info", "warning", "error", "default"] | None,
+        typer.Argument(metavar="[LEVEL]", help="debug, info, warning, error, or default: what is configured."),
+    ] = None,
+    component: Annotated[
+        str | None, typer.Argument(metavar="[COMPONENT]", help="One component; all that have no level of their own.")
+    ] = None,
+    config: ConfigOption = None,
+    socket: SocketOption = None,
+    json: JsonOption = False,
+) -> int:
+    """Show from which level on the running instance logs, or change it until it stops."""
+    client = _client(config, socket)
+    answer = client.log_levels() if level is None else client.set_log_level(level, component)
+    if json:
+        print(to_json(answer))
+    else:
+        from ztun.cli.log_level import show_log_levels
+
+        show_log_levels(answer)
+    return 0
+
+
 @application.command()
 def check(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The configuration file.")],

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ztun.cli.output import heading, make_console, say, say_duration, table
 
-_SECTIONS = ("tcp", "udp", "icmp", "dns", "pool")
+_SECTIONS = ("tcp", "udp", "icmp", "dns", "pool", "log")
 
 
 def show_status(status: Mapping[str, Any]) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ztun.cli.streams import forget_stdout, to_json
 from ztun.config import Settings, load
 from ztun.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ztun.log.system import LogOptions
 
 
 def run_up(
@@ -23,9 +26,9 @@ def run_up(
 ) -> int:
     """Run a gateway. Returns the exit code; raises ConfigError or ZtunError when it cannot start."""
     settings = read_settings(config, proxy=proxy, lan=lan, socket=socket, log_level=log_level)
-    from ztun import log
+    from ztun.log.system import log_system
 
-    log.configure(settings.log.level, settings.log.format, str(settings.log.file) if settings.log.file else None)
+    log_system.configure(log_options(settings))
     from ztun import app
 
     def announce(summary: Mapping[str, Any]) -> None:
@@ -50,6 +53,28 @@ def read_settings(
     if config is None and not settings.outbounds and not settings.route.rules:
         raise ConfigError("nothing to do: give --config FILE or --proxy URL; see `ztun up --help`")
     return settings
+
+
+def log_options(settings: Settings) -> LogOptions:
+    """Section "log", and what no line may show."""
+    from ztun.log.repeats import Limit
+    from ztun.log.system import LogOptions
+
+    log = settings.log
+    return LogOptions(
+        level=log.level,
+        levels=log.levels.model_dump(exclude_none=True),
+        format=log.format,
+        file=log.file,
+        rotate=(log.rotate.size, log.rotate.keep) if log.rotate is not None else None,
+        repeats=Limit(log.repeats.burst, log.repeats.per_second) if log.repeats is not None else None,
+        flows=Limit(log.flows.burst, log.flows.per_second) if log.flows is not None else None,
+        credentials=[
+            (outbound.username or "", outbound.password.get_secret_value())
+            for outbound in settings.outbounds
+            if outbound.password is not None
+        ],
+    )
 
 
 def _say(summary: Mapping[str, Any]) -> str:

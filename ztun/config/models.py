@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -41,6 +41,7 @@ FilePath = Annotated[Path, PlainValidator(values.parse_path)]
 Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 Whole = Annotated[int, Field(strict=True)]
+Level = Literal["debug", "info", "warning", "error"]
 
 _ONE_OR_MORE = (BeforeValidator(values.as_list), Field(min_length=1))
 
@@ -146,10 +147,56 @@ class TimeoutSettings(Section):
     udp_idle: Seconds = 300
 
 
+class LevelSettings(Section):
+    """Levels of components that have their own (ztun.log.components says what each is)."""
+
+    lists_all_keys: ClassVar[bool] = True
+
+    app: Level | None = None
+    classifier: Level | None = None
+    control: Level | None = None
+    dns: Level | None = None
+    engine: Level | None = None
+    flow: Level | None = None
+    libraries: Level | None = None
+    names: Level | None = None
+    netmon: Level | None = None
+    outbound: Level | None = None
+    pool: Level | None = None
+    routes: Level | None = None
+    stack: Level | None = None
+    udp: Level | None = None
+
+
+class RotateSettings(Section):
+    """size: bytes, or as "10MB", after which the file is renamed; keep: how many old ones stay."""
+
+    size: Annotated[int, PlainValidator(values.parse_size)] = 10_000_000
+    keep: Annotated[Whole, Field(ge=1, le=1000)] = 5
+
+
+class RepeatSettings(Section):
+    """How many lines of one kind are written: at once, and a second in the long run."""
+
+    burst: Annotated[Whole, Field(ge=1, le=1_000_000)] = 50
+    per_second: Annotated[Seconds, Field(le=1_000_000)] = 5
+
+
+class FlowRepeatSettings(RepeatSettings):
+    burst: Annotated[Whole, Field(ge=1, le=1_000_000)] = 1000
+    per_second: Annotated[Seconds, Field(le=1_000_000)] = 200
+
+
 class LogSettings(Section):
-    level: Literal["debug", "info", "warning", "error"] = "info"
+    """file: null for standard error; rotate: null to leave it to others; repeats, flows: null for no limit."""
+
+    level: Level = "info"
+    levels: LevelSettings = LevelSettings()
     format: Literal["console", "json"] = "console"
     file: FilePath | None = None
+    rotate: RotateSettings | None = RotateSettings()
+    repeats: RepeatSettings | None = RepeatSettings()
+    flows: FlowRepeatSettings | None = FlowRepeatSettings()
 
 
 class ControlSettings(Section):

@@ -68,10 +68,16 @@ def known_keys(annotation: Any) -> list[str]:
     return []
 
 
-def unknown_key(key: str, known: list[str]) -> str:
+def unknown_key(key: str, known: list[str], *, list_all: bool = False) -> str:
     close = get_close_matches(key, known, n=1)
-    guess = f"; did you mean '{close[0]}'?" if close else f"; known here: {', '.join(known)}"
-    return f"unknown key{guess}"
+    guess = f"; did you mean '{close[0]}'?" if close else ""
+    return f"unknown key{guess}" + (f"; known here: {', '.join(known)}" if list_all or not close else "")
+
+
+def unknown_key_in(annotation: Any, key: str) -> str:
+    """What to say of a key that a section does not have."""
+    list_all = any(getattr(choice, "lists_all_keys", False) for choice in choices(annotation))
+    return unknown_key(key, known_keys(annotation), list_all=list_all)
 
 
 def translate(root: type[BaseModel], error: ErrorDetails) -> Problem:
@@ -82,7 +88,7 @@ def translate(root: type[BaseModel], error: ErrorDetails) -> Problem:
     context: Mapping[str, Any] = error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
-            message = unknown_key(str(location[-1]), known_keys(annotation_at(root, location[:-1])))
+            message = unknown_key_in(annotation_at(root, location[:-1]), str(location[-1]))
         case "missing":
             message = "is missing"
         case "value_error":

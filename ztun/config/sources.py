@@ -9,7 +9,7 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, SecretStr
 
-from ztun.config.problems import Location, Problem, choices, known_keys, step_into, unknown_key
+from ztun.config.problems import Location, Problem, choices, known_keys, step_into, unknown_key_in
 from ztun.errors import ConfigError
 
 PREFIX = "ZTUN_"
@@ -110,7 +110,7 @@ def _no_step(annotation: Any, part: str | int) -> str:
     if any(get_origin(choice) is tuple for choice in choices(annotation)):
         return "must be the place in the list, from 0"
     known = known_keys(annotation)
-    return unknown_key(str(part), known) if known else "is below a single value; leave it out"
+    return unknown_key_in(annotation, str(part)) if known else "is below a single value; leave it out"
 
 
 def _replaced(holder: Any, location: Location, value: Any) -> Any:

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import idna
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 Network = IPv4Network | IPv6Network
 Interface = IPv4Interface | IPv6Interface
@@ -28,6 +29,7 @@ Interface = IPv4Interface | IPv6Interface
 DNS_PORTS = {"udp": 53, "tcp": 53, "tls": 853, "https": 443}
 
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
+_BYTE_SIZE = TypeAdapter(ByteSize)
 _TAG = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -295,6 +297,19 @@ def parse_tag(value: Any) -> str:
     if not _TAG.fullmatch(text):
         raise ValueError(f"{describe(text)} is not a tag (1 to 64 letters, digits, '-', '_' and '.')")
     return text
+
+
+def parse_size(value: Any) -> int:
+    """A number of bytes, or a text with a unit: 10MB is 10,000,000 bytes, 10MiB is 10,485,760."""
+    try:
+        size = -1 if isinstance(value, bool | float) else int(_BYTE_SIZE.validate_python(value))
+    except ValidationError:
+        size = -1
+    if size < 0:
+        raise ValueError(f'must be a number of bytes or a size like "10MB", not {describe(value)}')
+    if not 4096 <= size <= 1 << 40:
+        raise ValueError(f"must be at least 4096 bytes and at most 1 TiB, not {describe(value)}")
+    return size
 
 
 def parse_path(value: Any) -> Path:

@@ -38,6 +38,14 @@ class ControlClient:
         """The body of GET /routes, as `ztun routes --json` prints it."""
         return self._request("GET", "/routes")[0]
 
+    def log_levels(self) -> dict[str, Any]:
+        """The body of GET /log-level: {"level": …, "components": component -> level, "own": those with their own}."""
+        return self._request("GET", "/log-level")[0]
+
+    def set_log_level(self, level: str, component: str | None) -> dict[str, Any]:
+        """Change the level of one component, or the general one. Returns what `log_levels` does."""
+        return self._request("POST", "/log-level", {"level": level, "component": component})[0]
+
     def stop(self, wait: float) -> int:
         """Ask for a graceful end and wait up to `wait` seconds until the process is gone. Returns its pid."""
         deadline = time.monotonic() + wait
@@ -76,13 +84,14 @@ class ControlClient:
             raise ZtunError(f"cannot use the control socket {self.path}: {error.strerror or error}") from None
         return connection
 
-    def _request(self, method: str, path: str) -> tuple[dict[str, Any], int]:
+    def _request(self, method: str, path: str, content: dict[str, Any] | None = None) -> tuple[dict[str, Any], int]:
         """The answer and the pid of who gave it."""
         connection = http.client.HTTPConnection("ztun", timeout=self.timeout)
         connection.sock = self._connect()
         try:
             peer = peer_pid(connection.sock)
-            connection.request(method, path, headers={"Connection": "close"})
+            headers = {"Connection": "close", "Content-Type": "application/json"}
+            connection.request(method, path, json.dumps(content) if content is not None else None, headers)
             response = connection.getresponse()
             body = json.loads(response.read())
         except TimeoutError:
@@ -93,6 +102,8 @@ class ControlClient:
             raise ZtunError(f"no usable answer on {self.path}: {error!r}; it may be stopping right now") from None
         finally:
             connection.close()
+        if isinstance(body, dict) and response.status == 400:
+            raise ConfigError(str(body.get("error")))
         if not isinstance(body, dict) or response.status >= 400:
             raise ZtunError(
                 f"the running instance failed: {body.get('error', body) if isinstance(body, dict) else body}"

@@ -1,4 +1,7 @@
-"""The control socket: GET /status, GET /routes, POST /stop, as JSON over HTTP on a unix socket of mode 0600."""
+"""The control socket: HTTP on a unix socket of mode 0600.
+
+GET /status, GET /routes, GET and POST /log-level, POST /stop: JSON. GET /metrics: OpenMetrics.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ import structlog
 from aiohttp import web
 
 from ztun.control.lock import AlreadyRunning, make_directories, peer_pid
+from ztun.control.metrics import CONTENT_TYPE, render
 from ztun.errors import ZtunError
+from ztun.log.components import Levels
+from ztun.log.system import log_system
 
 log = structlog.get_logger("ztun.control")
 
@@ -24,14 +30,24 @@ Answer = Callable[[], dict[str, Any]]
 class ControlServer:
     """Answers from callables that the composition root gives, so that it knows nothing of what it reports.
 
-    status, routes: make the body of the answer. stop: asks for a graceful end and returns at once.
+    status, routes: make the body of the answer. stop: asks for a graceful end and returns at once. levels: those of
+    the log, to look at and to change.
     """
 
-    def __init__(self, path: str | Path, *, status: Answer, routes: Answer, stop: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        status: Answer,
+        routes: Answer,
+        stop: Callable[[], None],
+        levels: Levels = log_system.levels,
+    ) -> None:
         self.path = Path(path)
         self._status = status
         self._routes = routes
         self._stop = stop
+        self._levels = levels
         self._runner: web.AppRunner | None = None
         self._inode: tuple[int, int] | None = None
         self._made: list[Path] = []
@@ -44,6 +60,9 @@ class ControlServer:
             [
                 web.get("/status", self._get_status),
                 web.get("/routes", self._get_routes),
+                web.get("/metrics", self._get_metrics),
+                web.get("/log-level", self._get_log_level),
+                web.post("/log-level", self._post_log_level),
                 web.post("/stop", self._post_stop),
             ]
         )
@@ -91,6 +110,24 @@ class ControlServer:
 
     async def _get_routes(self, request: web.Request) -> web.Response:
         return web.json_response(self._routes())
+
+    async def _get_metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=render(self._status()), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _get_log_level(self, request: web.Request) -> web.Response:
+        return web.json_response(self._levels.snapshot())
+
+    async def _post_log_level(self, request: web.Request) -> web.Response:
+        """Body: {"level": a level or "default", "component": one, or null for the general level}."""
+        try:
+            wanted = await request.json()
+            level, component = wanted["level"], wanted.get("component")
+            self._levels.set(level, component)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            said = str(error) if type(error) is ValueError else 'the body must be {"level": …, "component": …}'
+            return web.json_response({"error": said}, status=400)
+        log.info("log level changed", component=component, to=level)
+        return web.json_response(self._levels.snapshot())
 
     async def _post_stop(self, request: web.Request) -> web.Response:
         log.info("asked to stop")

@@ -1,0 +1,128 @@
+"""The body of GET /status as OpenMetrics text, for GET /metrics. docs/metrics.md lists what there is.
+
+A pure function of the status: whoever adds a figure to it adds a row here, and a line there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+    StateSetMetricFamily,
+)
+from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE
+from prometheus_client.openmetrics.exposition import generate_latest
+
+__all__ = ["CONTENT_TYPE", "ROWS", "Row", "families", "render"]
+
+STATES = ("starting", "running", "paused", "stopping")
+
+
+class Row(NamedTuple):
+    """One metric. type: "counter", "gauge", or "flag" for a gauge that is 1 while there is such a text.
+
+    path: where its value stands in the status; "{label}" stands for every key there, and becomes that label.
+    """
+
+    name: str
+    type: str
+    path: str
+    help: str
+
+
+ROWS = (
+    Row("ztun_uptime_seconds", "gauge", "uptime_s", "Seconds since the instance was started"),
+    Row("ztun_capture_fallback", "flag", "fallback_reason", "1 when packets are captured by less than the best way"),
+    Row("ztun_tcp_flows_active", "gauge", "tcp.active", "TCP flows of clients that are open"),
+    Row("ztun_tcp_flows_half_open", "gauge", "tcp.half_open", "TCP flows whose handshake with the client is not over"),
+    Row("ztun_tcp_flows", "counter", "tcp.total", "TCP flows that clients began"),
+    Row("ztun_tcp_packets", "counter", "tcp.packets", "TCP packets from clients; one may be a super-segment of 64 KiB"),
+    Row("ztun_tcp_flows_ended", "counter", "tcp.ended.{how}", "TCP flows that are over, by how they ended"),
+    Row("ztun_tcp_flows_failed", "counter", "tcp.failed.{reason}", "TCP flows that no outbound could connect"),
+    Row("ztun_udp_sessions_active", "gauge", "udp.active", "UDP sessions, one per client endpoint and outbound"),
+    Row("ztun_udp_sessions", "counter", "udp.total", "UDP sessions that were opened"),
+    Row("ztun_udp_packets", "counter", "udp.packets", "UDP datagrams from clients, DNS among them"),
+    Row("ztun_udp_datagrams_sent", "counter", "udp.sent", "Datagrams handed to outbounds"),
+    Row("ztun_udp_datagrams_received", "counter", "udp.received", "Datagrams that came back"),
+    Row("ztun_icmp_packets", "counter", "icmp.packets", "ICMP and ICMPv6 packets from clients"),
+    Row("ztun_icmp_echoes", "counter", "icmp.echoes", "Pings that were answered for a Fake-IP"),
+    Row("ztun_dns_events", "counter", "dns.{event}", "What happened to DNS queries"),
+    Row("ztun_buffers_allocated", "counter", "pool.allocated", "Buffers that were made"),
+    Row("ztun_buffers_reused", "counter", "pool.reused", "Buffers that were taken from the pool"),
+    Row("ztun_buffers_freed", "counter", "pool.freed", "Buffers that the pool let go"),
+    Row("ztun_buffers_free", "gauge", "pool.free", "Buffers in the pool"),
+    Row("ztun_outbound_dials", "counter", "outbounds.{outbound}.dials", "Connections and datagram links asked for"),
+    Row("ztun_outbound_connections_active", "gauge", "outbounds.{outbound}.active", "Connections that live"),
+    Row("ztun_outbound_datagram_links", "gauge", "outbounds.{outbound}.datagram_links", "Datagram links that are open"),
+    Row("ztun_outbound_failures", "counter", "outbounds.{outbound}.failures.{reason}", "Dials that failed"),
+    Row("ztun_outbound_drops", "counter", "outbounds.{outbound}.drops.{reason}", "Datagrams it could not carry"),
+    Row("ztun_drops", "counter", "drops.{reason}", "Packets from clients that were dropped"),
+    Row("ztun_device_reads", "counter", "device.read", "Packets read from the TUN device"),
+    Row("ztun_device_writes", "counter", "device.written", "Packets written to the TUN device"),
+    Row("ztun_device_writes_refused", "counter", "device.refused", "Packets that the TUN device did not take"),
+    Row("ztun_log_lines_written", "counter", "log.written", "Log lines that were written"),
+    Row("ztun_log_lines_suppressed", "counter", "log.suppressed", "Log lines held back because they repeat"),
+    Row("ztun_log_lines_dropped", "counter", "log.dropped", "Log lines that the file or stream did not take"),
+    Row("ztun_log_faulty", "flag", "log.fault", "1 when the last log line could not be written"),
+)
+
+
+def render(status: Mapping[str, Any]) -> bytes:
+    """The text of GET /metrics. status: the body of GET /status."""
+    registry = CollectorRegistry()
+    registry.register(_Collector(status))
+    text: bytes = generate_latest(registry)  # type: ignore[no-untyped-call]
+    return text
+
+
+def families(status: Mapping[str, Any]) -> Iterator[Metric]:
+    """The metrics of a status. What the status does not have is left out."""
+    about = {key: str(status[key]) for key in ("version", "backend", "pid") if status.get(key) is not None}
+    yield InfoMetricFamily("ztun", "The instance: its version, how it captures, its process", value=about)
+    now = status.get("state")
+    yield StateSetMetricFamily("ztun_state", "What the instance does", value={one: one == now for one in STATES})
+    for row in ROWS:
+        samples = list(_find(status, row.path.split(".")))
+        if samples:
+            yield _family(row, samples)
+
+
+def _family(row: Row, samples: Iterable[tuple[list[str], Any]]) -> Metric:
+    labels = [part[1:-1] for part in row.path.split(".") if part.startswith("{")]
+    kind = CounterMetricFamily if row.type == "counter" else GaugeMetricFamily
+    family = kind(row.name, row.help, labels=labels)
+    for values, found in samples:
+        family.add_metric(values, float(found is not None) if row.type == "flag" else float(found))
+    return family
+
+
+def _find(holder: Any, path: list[str]) -> Iterator[tuple[list[str], Any]]:
+    """(labels, value) of all that `path` leads to."""
+    if not path:
+        yield [], holder
+        return
+    part, rest = path[0], path[1:]
+    if not isinstance(holder, Mapping):
+        return
+    if not part.startswith("{"):
+        if part in holder:
+            yield from _find(holder[part], rest)
+        return
+    for key, inner in holder.items():
+        if rest or isinstance(inner, int | float):
+            for labels, value in _find(inner, rest):
+                yield [str(key), *labels], value
+
+
+class _Collector:
+    def __init__(self, status: Mapping[str, Any]) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        return families(self._status)

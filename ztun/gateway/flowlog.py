@@ -1,0 +1,100 @@
+"""One line for each flow that is over.
+
+Packed addresses and plain numbers come in; they are made into text only for a line that is written, which the level of
+the component "flow" decides and its limit on repeats.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from typing import Any
+
+from ztun.log.system import BoundLogger, log_system
+
+_INFO = logging.INFO
+
+
+class FlowLog:
+    """What the relays call. docs/logging.md lists the fields."""
+
+    def __init__(self, log: BoundLogger) -> None:
+        self._log = log
+
+    def finished(
+        self,
+        protocol: str,
+        client: bytes,
+        client_port: int,
+        host: str,
+        port: int,
+        rule: int,
+        outbound: str,
+        up: int,
+        down: int,
+        seconds: float,
+        how: str,
+        name: str | None = None,
+    ) -> None:
+        """A flow that had been connected is over.
+
+        protocol: "tcp" or "udp"; client: its packed address; host, port: what was dialled, a name or an address
+        literal; name: what the client asked DNS for, where that is known and `host` does not say it; rule: its place
+        in the file, or a negative id of ztun.ports; up, down: payload bytes from and to the client; how: it ended.
+        """
+        log = self._log
+        if not log.admit(_INFO, "flow ended"):
+            return
+        values = _describe(protocol, client, client_port, host, port, name, rule, outbound)
+        values["up"], values["down"], values["seconds"], values["how"] = up, down, round(seconds, 3), how
+        log.admitted(_INFO, "flow ended", values)
+
+    def refused(
+        self,
+        protocol: str,
+        client: bytes,
+        client_port: int,
+        host: str,
+        port: int,
+        rule: int,
+        outbound: str,
+        seconds: float,
+        how: str,
+        detail: str,
+        name: str | None = None,
+    ) -> None:
+        """A flow was never connected. how: the `Failure`; detail: what the outbound said of it. Else as `finished`."""
+        log = self._log
+        if not log.admit(_INFO, "flow refused"):
+            return
+        values = _describe(protocol, client, client_port, host, port, name, rule, outbound)
+        values["seconds"], values["how"], values["detail"] = round(seconds, 3), how, detail
+        log.admitted(_INFO, "flow refused", values)
+
+
+def _describe(
+    protocol: str, client: bytes, client_port: int, host: str, port: int, name: str | None, rule: int, outbound: str
+) -> dict[str, Any]:
+    return {
+        "protocol": protocol,
+        "client": _endpoint(_text(client), client_port),
+        "name": name or (None if _is_literal(host) else host),
+        "destination": _endpoint(host, port),
+        "rule": rule,
+        "outbound": outbound,
+    }
+
+
+def _text(address: bytes) -> str:
+    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
+
+
+def _endpoint(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _is_literal(host: str) -> bool:
+    return ":" in host or host.replace(".", "").isdigit()
+
+
+flow_log = FlowLog(log_system.bound("ztun.flow"))
