@@ -27,6 +27,7 @@ from ztun.gateway.dns import DnsOptions, DnsService
 from ztun.gateway.gateway import Gateway, GatewayOptions
 from ztun.geoip import CountryDatabase
 from ztun.lifecycle import StopRequest, Undo, unless
+from ztun.log.system import log_system
 from ztun.names.pool import FakeIpPool
 from ztun.names.store import SqliteNameStore
 from ztun.outbound import OutboundSpec, make_outbounds
@@ -62,9 +63,11 @@ async def run(settings: Settings, announce: Announce) -> int:
     machine.require_privilege()
     machine.allow_many_sockets()
     asyncio.get_running_loop().set_exception_handler(_log_loop_error)
-    stop = StopRequest()
+    stop = StopRequest(log_system.reopen)
     with stop.signals():
         async with AsyncExitStack() as stack:
+            log_system.attach(asyncio.get_running_loop())
+            stack.callback(log_system.detach)
             undo = Undo(stack, stop.hurried)
             instance = Instance(settings, stop, undo)
             if await unless(stop.asked, instance.start()) is not None:
@@ -327,6 +330,7 @@ class Instance:
             "version": __version__,
             **self._describe_backend(),
             **statistics,
+            "log": log_system.statistics(),
         }
 
     def routes(self) -> dict[str, Any]:
