@@ -6,11 +6,11 @@ import asyncio
 import socket
 
 from fuzz.source import Source
-from ztun.outbound import library
+from ztun import platform
 from ztun.outbound.associate import decode_header, encode_header
+from ztun.outbound.dial import Dial, Dialogue
 from ztun.outbound.http import HttpDialogue
-from ztun.outbound.negotiation import Dialogue, negotiate
-from ztun.outbound.socks5 import Socks5Dialogue
+from ztun.outbound.socks5 import Socks5Dialogue, connect_request
 from ztun.ports import Destination, OutboundError
 
 _TO = Destination("four.example", 80)
@@ -24,7 +24,7 @@ def _dialogue(source: Source) -> Dialogue:
     credentials = source.pick((None, ("u", "p")))
     if source.below(2):
         return HttpDialogue(_TO, credentials)
-    return Socks5Dialogue(library.Socks5Request(host=_TO.host, port=_TO.port), credentials)
+    return Socks5Dialogue(connect_request(_TO), credentials)
 
 
 def run_dialogue(data: bytes) -> None:
@@ -74,16 +74,39 @@ def run_negotiation(data: bytes) -> None:
             assert found == (outcome if outcome != "waiting" else "PROXY_FAILED")  # the stream ended
 
 
-_LOOP = asyncio.new_event_loop()
+_LOOP = platform.make_event_loop()
+
+
+class _Dialler:
+    """As much of an outbound as a dial needs that begins with a connected socket."""
+
+    def __init__(self) -> None:
+        self.poller = platform.poller_of(asyncio.get_running_loop())
+
+    def factory(self, family: int, type: int) -> socket.socket:
+        raise AssertionError
+
+    def ended(self, dial: Dial) -> None:
+        pass
+
+    def describe(self, dial: Dial, error: OSError | OutboundError) -> OutboundError:
+        assert isinstance(error, OutboundError)
+        return error
 
 
 async def _negotiate(sock: socket.socket, dialogue: Dialogue) -> str:
-    try:
-        async with asyncio.timeout(5):
-            await negotiate(sock, dialogue)
-    except OutboundError as error:
-        return error.failure.name
-    return "done"
+    over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    copy = sock.dup()  # a dial closes what fails
+    dialler = _Dialler()
+
+    def connected(sock: socket.socket, more: bool) -> None:
+        dialler.poller.unwatch(sock.fileno())
+        sock.close()
+        over.set_result("done")
+
+    Dial(dialler, "", 0, dialogue, connected, lambda error: over.set_result(error.failure.name)).adopt(copy)
+    async with asyncio.timeout(5):
+        return await over
 
 
 def run_datagram(data: bytes) -> None:

@@ -30,7 +30,7 @@ from ztun.lifecycle import StopRequest, Undo, unless
 from ztun.log.system import log_system
 from ztun.names.pool import FakeIpPool
 from ztun.names.store import SqliteNameStore
-from ztun.outbound import OutboundSpec, make_outbounds
+from ztun.outbound import OutboundSpec, Tools, make_outbounds
 from ztun.ports import Classifier, Outbound, PacketDevice, Routes, Verdict
 from ztun.rules import Network, Rules, Surroundings, compile_prefixes, make_surroundings
 
@@ -178,6 +178,7 @@ class Instance:
         self._outbounds = outbounds = self._make_outbounds(dns)
         gateway = Gateway(
             loop=self._loop,
+            poller=platform.poller_of(self._loop),
             device=device,
             rules=rules,
             names=names,
@@ -261,9 +262,14 @@ class Instance:
             )
             for outbound in self.settings.outbounds
         ]
-        sockets = platform.make_socket_factory(MARK)
-        interval = round(self.settings.pool.keepalive_interval)
-        outbounds = make_outbounds(specs, sockets, self.settings.timeouts.dial, dns.resolve, interval)
+        tools = Tools(
+            platform.poller_of(self._loop),
+            platform.make_socket_factory(MARK),
+            dns.resolve,
+            self.settings.timeouts.dial,
+            round(self.settings.pool.keepalive_interval),
+        )
+        outbounds = make_outbounds(specs, tools)
         for outbound in outbounds.values():
             self._undo.push(f"outbound {outbound.tag}", outbound.close)
         return outbounds
@@ -391,20 +397,6 @@ def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 
 
 def run_until_stopped(settings: Settings, announce: Announce) -> int:
-    """`run` in an event loop of its own: uvloop with ZTUN_LOOP=uvloop in the environment, else that of asyncio."""
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    """`run` in an event loop of its own."""
+    with asyncio.Runner(loop_factory=platform.make_event_loop) as runner:
         return runner.run(run(settings, announce))
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    wanted = os.environ.get("ZTUN_LOOP", "asyncio")
-    if wanted == "asyncio":
-        return None
-    if wanted != "uvloop":
-        raise ConfigError(f"ZTUN_LOOP: {wanted!r} is no event loop; use asyncio or uvloop")
-    try:
-        import uvloop
-    except ImportError:
-        raise ConfigError("ZTUN_LOOP: uvloop is not installed; install it or leave the variable out") from None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory

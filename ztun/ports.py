@@ -177,16 +177,31 @@ class DatagramLink(Protocol):
     def close(self) -> None: ...
 
 
+class Dialling(Protocol):
+    """A connection that is being made."""
+
+    def cancel(self) -> None:
+        """Close what was opened; no callback comes any more. Without effect when it is over."""
+        ...
+
+
+Connected = Callable[["socket", bool], None]
+"""(sock, more): a connected, non-blocking TCP socket whose next byte is the destination's first. It is the callee's
+now, and still watched by the poller for news (Poller.watch), to be handed over. more: there may be bytes already."""
+
+Failed = Callable[[OutboundError], None]
+
+
 class Outbound(Protocol):
     """A way out: direct, block, a SOCKS5 or an HTTP proxy."""
 
     tag: str
     type: str
 
-    async def connect(self, destination: Destination) -> socket:
-        """A connected, non-blocking TCP socket whose next byte is the destination's first.
+    def dial(self, destination: Destination, connected: Connected, failed: Failed) -> Dialling:
+        """Begin to connect; one of the two is called once, perhaps before this returns.
 
-        The deadline is the outbound's own (timeouts.dial). Raises OutboundError.
+        The deadline is the outbound's own (timeouts.dial).
         """
         ...
 
@@ -205,6 +220,53 @@ class Outbound(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+ReadyHandler = Callable[[int], None]
+"""Told of readiness with a mask: READABLE, WRITABLE and what else poll(2) knows; 0 when it asked for `again`."""
+
+READABLE = 0x001
+WRITABLE = 0x004
+ENDED = 0x2018  # POLLRDHUP, POLLHUP, POLLERR: the end of what can be read is near, so a short read is not the last
+
+
+class Poller(Protocol):
+    """Tells the owners of descriptors when they are ready. A mask is a hint: only a system call tells the truth."""
+
+    def watch(self, fd: int, handler: ReadyHandler, *, writing: bool = False) -> None:
+        """Tell `handler` once each time that there is news: new bytes, the end, and, when `writing`, room to write.
+
+        Bytes that are left unread are no news, nor is room that was there before.
+        """
+        ...
+
+    def watch_level(self, fd: int, handler: ReadyHandler) -> None:
+        """Tell `handler` as long as there is something to read."""
+        ...
+
+    def want_write(self, fd: int) -> None:
+        """From now on tell of room to write as well, and of what is there already."""
+        ...
+
+    def hand_over(self, fd: int, handler: ReadyHandler) -> None:
+        """Another one is told from now on. Costs no system call."""
+        ...
+
+    def unwatch(self, fd: int) -> None:
+        """Tell nobody any more. Without effect on what is not watched."""
+        ...
+
+    def closing(self, fd: int) -> None:
+        """The same for a descriptor that is closed right after: closing it is enough for the kernel."""
+        ...
+
+    def again(self, handler: ReadyHandler) -> None:
+        """Call `handler` with 0 in the next turn: it has more to do, and let the others have theirs."""
+        ...
+
+    def at_end(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once when the events that are there now have been delivered."""
+        ...
 
 
 class SocketFactory(Protocol):

@@ -15,9 +15,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from ztun import platform
 from ztun.gateway.gateway import Gateway, GatewayOptions
 from ztun.platform.linux.tun import TunDevice, open_tun
-from ztun.ports import Buffer, DatagramLink, Destination, Failure, OutboundError
+from ztun.ports import Buffer, Connected, DatagramLink, Destination, Dialling, Failed, Failure, OutboundError
 from ztun.rules import Decision, FlowInfo
 
 _CLIENTS_VIEW = {4: "10.99.0.5", 6: "fd99::5"}  # addresses behind the TUN; any will do
@@ -106,12 +107,15 @@ class AllDirect:
     async def answer(self, query: bytes | memoryview, *, over_tcp: bool) -> bytes | None:
         return None
 
-    async def connect(self, destination: Destination) -> socket.socket:
-        sock = socket.socket()
+    def dial(self, destination: Destination, connected: Connected, failed: Failed) -> Dialling:
+        sock = socket.create_connection(("127.0.0.1", destination.port))
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", destination.port))
-        return sock
+        platform.poller_of(asyncio.get_running_loop()).watch(sock.fileno(), lambda mask: None)
+        connected(sock, True)
+        return self
+
+    def cancel(self) -> None: ...
 
     async def open_datagrams(self, *args: Any) -> DatagramLink:
         raise OutboundError(Failure.UNSUPPORTED, "no datagrams here")
@@ -155,6 +159,7 @@ async def run(options: dict[str, Any]) -> dict[str, Any]:
     world: Any = AllDirect()
     gateway = Gateway(
         loop=asyncio.get_running_loop(),
+        poller=platform.poller_of(asyncio.get_running_loop()),
         device=device,
         rules=world,
         names=world,

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import ip_address, ip_network
 
 import pytest
 from scapy.layers.inet import IP, TCP
 
+from ztun import platform
 from ztun.gateway.gateway import Gateway, GatewayOptions
 from ztun.names.pool import FakeIpPool
-from ztun.ports import Buffer, DatagramHandler, DatagramLink, Destination, OutboundError
+from ztun.ports import Buffer, Connected, DatagramHandler, DatagramLink, Destination, Dialling, Failed, OutboundError
 from ztun.rules import Rules
 from ztun.wire import vnet
 
@@ -25,9 +25,10 @@ class Silent:
 
     tag = type = "office"
 
-    async def connect(self, destination: Destination) -> socket.socket:
-        await asyncio.Event().wait()
-        raise AssertionError
+    def dial(self, destination: Destination, connected: Connected, failed: Failed) -> Dialling:
+        return self
+
+    def cancel(self) -> None: ...
 
     async def open_datagrams(
         self, on_datagram: DatagramHandler, on_failure: Callable[[OutboundError], None], on_unreachable: object = None
@@ -92,6 +93,7 @@ async def test_a_client_that_gives_up_lets_go_of_its_fake_ip(batches: int) -> No
     device = Wire()
     gateway = Gateway(
         loop=asyncio.get_running_loop(),
+        poller=platform.poller_of(asyncio.get_running_loop()),
         device=device,
         rules=Rules([], "office"),
         names=names,

@@ -5,7 +5,8 @@ import socket
 from collections.abc import Callable, Iterator
 
 import pytest
-import uvloop
+
+from ztun import platform
 
 from . import netns, peers
 from .netns import Namespace
@@ -13,8 +14,8 @@ from .support import Sockets
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Every test runs on both loops: they differ in how a socket with an error wakes its reader."""
-    return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+    """Every test runs on ztun's own loop, and on one that has the poller beside it."""
+    return {"poller": platform.make_event_loop, "asyncio": asyncio.new_event_loop}
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from ztun.outbound import OutboundSpec, make_outbounds
+from ztun import platform
+from ztun.outbound import OutboundSpec, Tools, make_outbounds
 from ztun.outbound.base import BaseOutbound, Resolve
-from ztun.ports import Destination, Failure, Outbound, OutboundError
+from ztun.ports import Destination, Failure, Outbound, OutboundError, SocketFactory
 
 MARK = 0x2A
 DEADLINE = 0.4  # seconds; long enough for loopback, short enough to wait for
@@ -62,6 +63,10 @@ async def nobody(name: str) -> list[str]:
     raise AssertionError(f"{name} was to be handed to the proxy")
 
 
+def tools(sockets: SocketFactory, resolve: Resolve, deadline: float) -> Tools:
+    return Tools(platform.poller_of(asyncio.get_running_loop()), sockets, resolve, deadline)
+
+
 def outbound(
     sockets: Sockets,
     type: str,
@@ -75,7 +80,7 @@ def outbound(
 ) -> BaseOutbound:
     """One outbound, made as the program makes it."""
     spec = OutboundSpec("it", type, host, port, username, password)
-    made: Outbound = make_outbounds([spec], sockets, deadline, resolve)["it"]
+    made: Outbound = make_outbounds([spec], tools(sockets, resolve, deadline))["it"]
     assert isinstance(made, BaseOutbound)
     return made
 

@@ -15,7 +15,7 @@ from ztun.ports import Destination, Failure, OutboundError
 from . import netns
 from .links import Link, echo
 from .netns import ROUTER4, ROUTER6, Namespace
-from .support import DEADLINE, MARK, Sockets, nobody, outbound, table, until
+from .support import DEADLINE, MARK, Sockets, nobody, outbound, table, tools, until
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ async def test_a_handler_may_close_the_link(sockets: Sockets) -> None:
 
 
 def direct(client: Sockets, resolve: Resolve = nobody) -> DirectOutbound:
-    return DirectOutbound(client, resolve, DEADLINE)
+    return DirectOutbound(tools(client, resolve, DEADLINE))
 
 
 @pytest.mark.parametrize(

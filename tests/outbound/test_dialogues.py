@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ztun.outbound import library
+from ztun.outbound.dial import Dialogue
 from ztun.outbound.http import HttpDialogue
-from ztun.outbound.negotiation import Dialogue
-from ztun.outbound.socks5 import Socks5Dialogue
+from ztun.outbound.socks5 import Socks5Dialogue, connect_request
 from ztun.ports import Destination, OutboundError
 
 from .support import same_descriptors
@@ -23,7 +22,7 @@ CUTS = st.lists(st.integers(1, 40), max_size=60)
 
 
 def socks5(credentials: tuple[str, str] | None = None) -> Socks5Dialogue:
-    return Socks5Dialogue(library.Socks5Request(host=TO.host, port=TO.port), credentials)
+    return Socks5Dialogue(connect_request(TO), credentials)
 
 
 def play(dialogue: Dialogue, stream: bytes, cuts: list[int]) -> bytes:

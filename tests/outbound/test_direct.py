@@ -18,11 +18,11 @@ from ztun.ports import Destination, Failure
 from . import netns
 from .netns import CLIENT4, NO_ROUTE4, NO_ROUTE6, ROUTER4, ROUTER6, SILENT4, SILENT6, Namespace
 from .peers import banner_server, converse
-from .support import DEADLINE, MARK, Sockets, nobody, outbound, refused, table, until
+from .support import DEADLINE, MARK, Sockets, nobody, outbound, refused, table, tools, until
 
 
 def direct(client: Sockets, resolve: Resolve = nobody, deadline: float = 5) -> BaseOutbound:
-    return DirectOutbound(client, resolve, deadline)
+    return DirectOutbound(tools(client, resolve, deadline))
 
 
 @contextlib.asynccontextmanager
@@ -178,7 +178,7 @@ async def test_no_descriptors_left(client: Sockets) -> None:
     def none_left(family: int, type: int) -> socket.socket:
         raise OSError(24, "Too many open files")
 
-    error = await refused(DirectOutbound(none_left, nobody, 5), ROUTER4)
+    error = await refused(DirectOutbound(tools(none_left, nobody, 5)), ROUTER4)
     assert error.failure is Failure.HOST_UNREACHABLE
     assert "Too many open files" in str(error)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import structlog
 
-from ztun.ports import PacketDevice
+from ztun.ports import PacketDevice, Poller
 from ztun.stack import BufferPool, Stack
 from ztun.stack.timers import NEVER
 
@@ -21,11 +22,14 @@ _TRIM_INTERVAL = 5.0  # seconds between looks at how many buffers were not neede
 class Engine:
     """Drives one stack on one device. Everybody who makes the stack say something calls `send` afterwards."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, device: PacketDevice, stack: Stack, pool: BufferPool) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, poller: Poller, device: PacketDevice, stack: Stack, pool: BufferPool
+    ) -> None:
         self.loop = loop
+        self.poller = poller
         self.pool = pool
         self.stack = stack
-        self.now: Callable[[], float] = loop.time
+        self.now: Callable[[], float] = time.monotonic  # what the loops of asyncio count, too
         self.read = 0
         self.written = 0
         self.refused = 0  # writes that the kernel did not take
@@ -33,17 +37,20 @@ class Engine:
         self.device_lost: Callable[[OSError], None] | None = None  # told once, when nothing can be read any more
         self._device = device
         self._buffer = pool.get()
+        self.scratch = pool.get()  # to read into; who keeps it puts another one here
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = NEVER
         self._trimmer: asyncio.TimerHandle | None = None
+        self._deferred: list[Callable[[], None]] = []
 
     def start(self) -> None:
-        self.loop.add_reader(self._device.fileno(), self._readable)
+        self.poller.watch_level(self._device.fileno(), self._readable)
         self._trim()
 
     def stop(self) -> None:
         """Stop reading and say what is left to say."""
-        self.loop.remove_reader(self._device.fileno())
+        self.poller.unwatch(self._device.fileno())
+        self._run_deferred()
         self.send()
         if self._timer is not None:
             self._timer.cancel()
@@ -66,8 +73,26 @@ class Engine:
         if when is not None and when < self._timer_at:
             self._arm(when)
 
-    def _readable(self) -> None:
-        now = self.loop.time()
+    def defer(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once at the end of this turn, before what is in the outbox then is sent."""
+        if not self._deferred:
+            self.poller.at_end(self._end_turn)
+        self._deferred.append(callback)
+
+    def _end_turn(self) -> None:
+        self._run_deferred()
+        self.send()
+
+    def _run_deferred(self) -> None:
+        deferred, self._deferred = self._deferred, []
+        for callback in deferred:
+            try:
+                callback()
+            except Exception:
+                self._failed()
+
+    def _readable(self, mask: int) -> None:
+        now = time.monotonic()
         stack, buffer = self.stack, self._buffer
         recv_into = self._device.recv_into
         for _ in range(_BATCH):
@@ -95,7 +120,7 @@ class Engine:
 
     def _lose_device(self, error: OSError) -> None:
         """Somebody removed the interface; its descriptor would be readable for ever."""
-        self.loop.remove_reader(self._device.fileno())
+        self.poller.unwatch(self._device.fileno())
         if self.device_lost is not None:
             self.device_lost(error)
 
@@ -115,7 +140,7 @@ class Engine:
     def _timer_due(self) -> None:
         self._timer = None
         self._timer_at = NEVER
-        now = self.loop.time()
+        now = time.monotonic()
         try:
             self.stack.handle_timer(now)
         except Exception:

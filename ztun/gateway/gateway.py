@@ -9,19 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import structlog
-
 from ztun.gateway.dns_stream import DnsStream
 from ztun.gateway.engine import Engine
 from ztun.gateway.failures import TCP_ANSWER
+from ztun.gateway.flowlog import flow_log
 from ztun.gateway.isn import make_isn
-from ztun.gateway.routing import Decider, NamePool, Route, Router, UnmappedError, text
+from ztun.gateway.routing import Decider, NamePool, Route, Router, UnmappedError
 from ztun.gateway.tcp_relay import TcpRelay
 from ztun.gateway.udp_relay import UdpRelay
-from ztun.ports import Outbound, OutboundError, PacketDevice
+from ztun.ports import Dialling, Outbound, OutboundError, PacketDevice, Poller
 from ztun.stack import BufferPool, Closed, Connection, Datagram, DatagramHeader, Stack, StackSettings, reverse
-
-log = structlog.get_logger("ztun.flow")
 
 _MAX_DNS_TASKS = 512
 _MAX_UDP_SESSIONS = 16384
@@ -47,13 +44,18 @@ class GatewayOptions:
     buffers: int = 32
 
 
-class Dial:
-    """A flow between its SYN and the outbound's answer: a stack Handler that only waits for the client to give up."""
+class Flow:
+    """One TCP flow from its SYN on: a stack Handler while the outbound is dialled, and what is known of it after."""
 
-    __slots__ = ("task",)
+    __slots__ = ("_gateway", "conn", "dialling", "relay", "route", "started")
 
-    def __init__(self, task: asyncio.Task[None]) -> None:
-        self.task = task
+    def __init__(self, gateway: Gateway, conn: Connection, route: Route, now: float) -> None:
+        self._gateway = gateway
+        self.conn = conn
+        self.route = route
+        self.dialling: Dialling | None = None
+        self.relay: TcpRelay | None = None
+        self.started = now
 
     def established(self, now: float) -> None:
         raise AssertionError("established before it was accepted")
@@ -68,8 +70,32 @@ class Dial:
         pass
 
     def closed(self, how: Closed, now: float) -> None:
-        if how is not Closed.REFUSED and how is not Closed.UNREACHABLE:
-            self.task.cancel()
+        """The client gave up, or was refused."""
+        if self.dialling is not None:
+            self.dialling.cancel()
+        self._gateway.ended(self, how, now)
+
+    def connected(self, sock: socket.socket, more: bool) -> None:
+        """The outbound is there: answer the client."""
+        gateway = self._gateway
+        if self.conn.is_closed:
+            gateway.engine.poller.closing(sock.fileno())
+            sock.close()
+            return
+        now = gateway.engine.now()
+        relay = self.relay = TcpRelay(gateway.engine, self.conn, sock, more, self.relay_closed)
+        self.conn.accept(relay, now)
+        gateway.engine.send()
+
+    def failed(self, error: OutboundError) -> None:
+        """The outbound is not to be had: say so to the client."""
+        gateway = self._gateway
+        gateway.dial_failed(self, error)
+        self.conn.refuse(gateway.engine.now(), TCP_ANSWER[error.failure])
+        gateway.engine.send()
+
+    def relay_closed(self, relay: TcpRelay) -> None:
+        self._gateway.ended(self, relay.how, self._gateway.engine.now())
 
 
 class Gateway:
@@ -79,6 +105,7 @@ class Gateway:
         self,
         *,
         loop: asyncio.AbstractEventLoop,
+        poller: Poller,
         device: PacketDevice,
         rules: Decider,
         names: NamePool,
@@ -92,12 +119,11 @@ class Gateway:
         self._dns = dns
         self._buffers = BufferPool(keep=options.buffers)
         self._stack = Stack(self, settings, make_isn(), self._buffers)
-        self.engine = Engine(loop, device, self._stack, self._buffers)
+        self.engine = Engine(loop, poller, device, self._stack, self._buffers)
         self._router = Router(rules, names, outbounds, options.hijack_dns)
         self._udp = UdpRelay(self.engine, self._router, names, options.udp_idle, _MAX_UDP_SESSIONS, self._hijacked)
-        self._dials: set[asyncio.Task[None]] = set()
         self._dns_tasks: set[asyncio.Task[None]] = set()
-        self._relays: set[TcpRelay] = set()
+        self._flows: set[Flow] = set()
         self._ended: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()
         self._echoes = 0
@@ -108,9 +134,9 @@ class Gateway:
 
     async def stop(self) -> None:
         """End every flow: clients and upstreams get a reset, as nobody is left to carry the rest."""
-        for task in (*self._dials, *self._dns_tasks):
+        for task in self._dns_tasks:
             task.cancel()
-        await asyncio.gather(*self._dials, *self._dns_tasks, return_exceptions=True)
+        await asyncio.gather(*self._dns_tasks, return_exceptions=True)
         now = self.engine.now()
         for conn in list(self._stack.connections.values()):
             conn.abort(now)
@@ -135,10 +161,9 @@ class Gateway:
             return
         if route.fake:
             self._names.acquire(conn.destination)
-        task = self._loop.create_task(self._dial(conn, route, route.outbound))
-        conn.handler = Dial(task)
-        self._dials.add(task)
-        task.add_done_callback(lambda ended: self._dial_ended(ended, conn, route))
+        flow = conn.handler = Flow(self, conn, route, now)
+        self._flows.add(flow)
+        flow.dialling = route.outbound.dial(route.destination, flow.connected, flow.failed)
 
     def udp_received(self, datagram: Datagram, now: float) -> None:
         self._udp.receive(datagram, now)
@@ -151,73 +176,45 @@ class Gateway:
 
     # TCP.
 
-    async def _dial(self, conn: Connection, route: Route, outbound: Outbound) -> None:
-        try:
-            sock = await outbound.connect(route.destination)
-        except OutboundError as error:
-            self._dial_failed(conn, route, outbound, error)
-            self._release(conn, route)
-        except BaseException as error:
-            if not isinstance(error, asyncio.CancelledError):  # then _dial_ended does
-                self._release(conn, route)
-            conn.abort(self.engine.now())
-            self.engine.send()
-            raise
-        else:
-            self._connected(conn, route, outbound, sock)
-
-    def _dial_ended(self, task: asyncio.Task[None], conn: Connection, route: Route) -> None:
-        """A task that is cancelled before it began never runs: only here can what it would release be released."""
-        self._dials.discard(task)
-        if task.cancelled():
-            self._release(conn, route)
-
-    def _connected(self, conn: Connection, route: Route, outbound: Outbound, sock: socket.socket) -> None:
-        if conn.is_closed:
-            sock.close()
-            self._release(conn, route)
-            return
-        started = self.engine.now()
-
-        def closed(relay: TcpRelay) -> None:
-            self._relays.discard(relay)
-            self._ended[relay.how.value] += 1
-            self._release(conn, route)
-            self._log_flow(conn, route, outbound, relay.how, self.engine.now() - started)
-
-        relay = TcpRelay(self.engine, conn, sock, closed)
-        self._relays.add(relay)
-        conn.accept(relay, started)
-        self.engine.send()
-
-    def _dial_failed(self, conn: Connection, route: Route, outbound: Outbound, error: OutboundError) -> None:
-        self._failures[error.failure.value] += 1
-        log.info(
-            "flow refused",
-            client=f"{text(conn.source)}:{conn.source_port}",
-            destination=f"{route.destination.host}:{route.destination.port}",
-            outbound=outbound.tag,
-            reason=error.failure.value,
-            detail=str(error),
-        )
-        conn.refuse(self.engine.now(), TCP_ANSWER[error.failure])
-        self.engine.send()
-
-    def _release(self, conn: Connection, route: Route) -> None:
+    def ended(self, flow: Flow, how: Closed, now: float) -> None:
+        """Nothing is left of a flow. how: the client's side of it."""
+        self._flows.discard(flow)
+        route, conn = flow.route, flow.conn
         if route.fake:
             self._names.release(conn.destination)
+        if flow.relay is not None:
+            self._ended[how.value] += 1
+        elif how is Closed.REFUSED or how is Closed.UNREACHABLE:
+            return  # dial_failed has told of it
+        flow_log.finished(
+            "tcp",
+            conn.source,
+            conn.source_port,
+            route.destination.host,
+            route.destination.port,
+            route.rule,
+            route.outbound.tag if route.outbound is not None else "",
+            conn.received,
+            conn.sent,
+            now - flow.started,
+            how.value,
+        )
 
-    def _log_flow(self, conn: Connection, route: Route, outbound: Outbound, how: Closed, duration: float) -> None:
-        log.debug(
-            "flow ended",
-            client=f"{text(conn.source)}:{conn.source_port}",
-            destination=f"{route.destination.host}:{route.destination.port}",
-            rule=route.rule,
-            outbound=outbound.tag,
-            up=conn.received,
-            down=conn.sent,
-            seconds=round(duration, 3),
-            how=how.value,
+    def dial_failed(self, flow: Flow, error: OutboundError) -> None:
+        """Count and report."""
+        self._failures[error.failure.value] += 1
+        conn, route = flow.conn, flow.route
+        flow_log.refused(
+            "tcp",
+            conn.source,
+            conn.source_port,
+            route.destination.host,
+            route.destination.port,
+            route.rule,
+            route.outbound.tag if route.outbound is not None else "",
+            self.engine.now() - flow.started,
+            error.failure.value,
+            str(error),
         )
 
     # DNS that clients sent elsewhere.

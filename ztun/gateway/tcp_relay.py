@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from ztun.gateway.engine import Engine
+from ztun.ports import ENDED, READABLE, WRITABLE
 from ztun.stack import Closed, Connection
 
 # Below this, bytes are copied: a view would keep a 64 KiB buffer alive for them.
@@ -15,6 +16,9 @@ _COPY_BELOW = 8192
 _READS = 8  # of one flow before the others get their turn
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _MAX_VECTORS = 64
+_LINGER = 60.0  # seconds that an upstream has to take the rest when the client is done
+_MAY_READ = READABLE | ENDED
+_MAY_WRITE = WRITABLE | ENDED
 _NOTHING: deque[memoryview] = deque()  # shared: an empty deque is 600 bytes, and most flows never wait
 
 
@@ -23,28 +27,38 @@ class TcpRelay:
 
     Upload: what the client sent goes to the socket at once; what the socket does not take waits in `_pending` and is
     missing from the window that the client sees. Download: the socket is read only when the client's window has room.
+
+    The socket is watched for news only (see Poller.watch), so `_readable` remembers that there may be more to read.
     """
 
     __slots__ = (
-        "_client_done", "_conn", "_engine", "_fd", "_on_closed", "_pending", "_pending_size", "_reading", "_sock",
-        "_upstream_done", "_writing", "how",
+        "_client_done", "_conn", "_ended", "_engine", "_fd", "_on_closed", "_pending", "_pending_size", "_readable",
+        "_sock", "_upstream_done", "_writes_watched", "how",
     )  # fmt: skip
 
     def __init__(
-        self, engine: Engine, conn: Connection, sock: socket.socket, on_closed: Callable[[TcpRelay], None]
+        self,
+        engine: Engine,
+        conn: Connection,
+        sock: socket.socket,
+        more: bool,
+        on_closed: Callable[[TcpRelay], None],
     ) -> None:
+        """sock: watched by the engine's poller, which tells this one from now on; more: there may be bytes to read."""
         self._engine = engine
         self._conn = conn
         self._sock = sock
-        self._fd = sock.fileno()  # asyncio formats a socket object for every one it does not know yet
+        self._fd = sock.fileno()
         self._on_closed = on_closed
         self._pending = _NOTHING
         self._pending_size = 0
-        self._reading = False
-        self._writing = False
+        self._readable = more
+        self._ended = False
+        self._writes_watched = False
         self._upstream_done = False
         self._client_done = False
         self.how = Closed.ABORTED
+        engine.poller.hand_over(self._fd, self.ready)
 
     @property
     def conn(self) -> Connection:
@@ -53,7 +67,8 @@ class TcpRelay:
     # The client's side: a stack Handler.
 
     def established(self, now: float) -> None:
-        self._start_reading()
+        if self._readable:
+            self._pump(now)
 
     def data(self, payload: memoryview, now: float) -> int:
         sent = 0
@@ -72,28 +87,35 @@ class TcpRelay:
         return len(payload)
 
     def _keep(self, payload: memoryview) -> None:
-        size = len(payload)
         if not self._pending:
             self._pending = deque()
-        self._pending.append(payload if size >= _COPY_BELOW else memoryview(bytes(payload)))
+        size = len(payload)
         self._pending_size += size
-        if not self._writing:
-            self._writing = True
-            self._engine.loop.add_writer(self._fd, self._writable)
+        if size >= _COPY_BELOW:
+            self._pending.append(payload)
+        elif self._pending and len(last := self._pending[-1]) + size <= _COPY_BELOW:
+            self._pending[-1] = memoryview(b"".join((last, payload)))  # an object for each byte would cost 200
+        else:
+            self._pending.append(memoryview(bytes(payload)))
+        if not self._writes_watched:
+            self._writes_watched = True
+            self._engine.poller.want_write(self._fd)
 
     def eof(self, now: float) -> None:
         self._client_done = True
-        if not self._pending:
+        # Where the upstream is done as well, the socket is closed in a moment, which says the same.
+        if not self._pending and not self._upstream_done:
             self._shutdown_upstream()
 
     def writable(self, now: float) -> None:
-        if not self._reading and not self._upstream_done:
+        if self._readable and not self._upstream_done:
             self._pump(now)
 
     def closed(self, how: Closed, now: float) -> None:
         self.how = how
-        self._stop_reading()
         if how is Closed.FINISHED and self._pending:
+            self._upstream_done = True
+            self._engine.loop.call_later(_LINGER, self._give_up)
             return  # the client is done, the upstream still has to take the rest
         if how is not Closed.FINISHED:
             self._reset_upstream()
@@ -101,68 +123,68 @@ class TcpRelay:
 
     # The upstream's side.
 
-    def _readable(self) -> None:
-        self._pump(self._engine.loop.time())
+    def ready(self, mask: int) -> None:
+        """A poller's handler."""
+        if not mask & READABLE and mask & WRITABLE and not self._pending and not mask & ENDED:
+            return
+        now = self._engine.now()
+        if mask & ENDED:
+            self._ended = True
+        if self._pending and mask & _MAY_WRITE:
+            self._flush(now)
+        if mask & _MAY_READ or not mask:
+            self._readable = True
+            if not self._upstream_done:
+                self._pump(now)
         self._engine.send()
 
     def _pump(self, now: float) -> None:
         """Read as much as the client can take, and send it."""
-        conn, pool = self._conn, self._engine.pool
+        conn, engine = self._conn, self._engine
         for _ in range(_READS):
             room = conn.room()
             if room <= 0:
-                self._stop_reading()
                 return
-            buffer = pool.get()
+            buffer = engine.scratch
             try:
                 count = self._sock.recv_into(buffer, room)
             except BlockingIOError:
-                pool.release(buffer)
-                break
+                self._readable = False
+                return
             except OSError:
-                pool.release(buffer)
                 self._upstream_broken(now)
                 return
             if not count:
-                pool.release(buffer)
                 self._upstream_finished(now)
                 return
             if count < _COPY_BELOW:
                 conn.send(memoryview(bytes(buffer[:count])), now)
-                pool.release(buffer)
             else:
+                engine.scratch = engine.pool.get()
                 conn.send(buffer[:count], now, buffer)
-            if count < room:
-                break
+            if count < room and not self._ended:
+                self._readable = False  # there is no more, and what comes is news
+                return
         if not conn.is_closed:
-            self._start_reading()
+            engine.poller.again(self.ready)
 
-    def _start_reading(self) -> None:
-        if not self._reading and not self._upstream_done:
-            self._reading = True
-            self._engine.loop.add_reader(self._fd, self._readable)
-
-    def _stop_reading(self) -> None:
-        if self._reading:
-            self._reading = False
-            self._engine.loop.remove_reader(self._fd)
-
-    def _writable(self) -> None:
-        now = self._engine.loop.time()
+    def _flush(self, now: float) -> None:
+        """Send what waits for the upstream, until the socket is full: only then will there be news of room."""
+        sent = 0
         try:
-            sent = self._sock.sendmsg([self._pending[i] for i in range(min(len(self._pending), _MAX_VECTORS))])
+            while self._pending:
+                count = self._sock.sendmsg([self._pending[i] for i in range(min(len(self._pending), _MAX_VECTORS))])
+                self._forget(count)
+                sent += count
         except BlockingIOError:
-            return
+            pass
         except OSError:
             self._upstream_broken(now)
-            self._engine.send()
             return
-        self._forget(sent)
         if not self._pending:
             self._drained()
-        if not self._conn.is_closed:
+        if sent and not self._conn.is_closed:
             self._conn.consumed(sent, now)
-            self._engine.send()
 
     def _forget(self, sent: int) -> None:
         self._pending_size -= sent
@@ -175,16 +197,17 @@ class TcpRelay:
             self._pending.popleft()
 
     def _drained(self) -> None:
-        self._stop_writing()
+        self._pending = _NOTHING
         if self._client_done:
             self._shutdown_upstream()
         if self._conn.is_closed:
             self._release()
 
-    def _stop_writing(self) -> None:
-        if self._writing:
-            self._writing = False
-            self._engine.loop.remove_writer(self._fd)
+    def _give_up(self) -> None:
+        """The upstream did not take what a client that is long gone had sent."""
+        if self._pending:
+            self._reset_upstream()
+            self._release()
 
     def _shutdown_upstream(self) -> None:
         try:
@@ -194,7 +217,7 @@ class TcpRelay:
 
     def _upstream_finished(self, now: float) -> None:
         self._upstream_done = True
-        self._stop_reading()
+        self._readable = False
         self._conn.shutdown(now)
 
     def _upstream_broken(self, now: float) -> None:
@@ -213,8 +236,8 @@ class TcpRelay:
 
     def _release(self) -> None:
         self._upstream_done = True
-        self._stop_reading()
-        self._stop_writing()
+        self._readable = False
         self._pending = _NOTHING
+        self._engine.poller.closing(self._fd)
         self._sock.close()
         self._on_closed(self)

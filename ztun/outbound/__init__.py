@@ -6,16 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ztun.errors import ConfigError
-from ztun.outbound.base import BaseOutbound, Resolve
+from ztun.outbound.base import BaseOutbound, Tools
 from ztun.outbound.block import BlockOutbound
 from ztun.outbound.direct import DirectOutbound
 from ztun.outbound.http import HttpOutbound
 from ztun.outbound.socks5 import Socks5Outbound
-from ztun.ports import Outbound, SocketFactory
+from ztun.ports import Outbound
 
-__all__ = ["OutboundSpec", "make_outbounds"]
-
-KEEPALIVE_INTERVAL = 75  # seconds, the default of pool.keepalive_interval
+__all__ = ["OutboundSpec", "Tools", "make_outbounds"]
 
 _PROXIES: dict[str, type[Socks5Outbound] | type[HttpOutbound]] = {"socks5": Socks5Outbound, "http": HttpOutbound}
 
@@ -36,42 +34,24 @@ class OutboundSpec:
     password: str | None = None
 
 
-def make_outbounds(
-    specs: Iterable[OutboundSpec],
-    socket_factory: SocketFactory,
-    dial_timeout: float,
-    resolve: Resolve,
-    keepalive_interval: int = KEEPALIVE_INTERVAL,
-) -> dict[str, Outbound]:
-    """Build the outbounds by tag, "direct" and "block" among them always.
-
-    dial_timeout: seconds for a whole dial, resolving and negotiating included; resolve: real addresses of a name.
-    Raises ConfigError.
-    """
-    outbounds: dict[str, BaseOutbound] = {
-        "direct": DirectOutbound(socket_factory, resolve, dial_timeout),
-        "block": BlockOutbound(),
-    }
+def make_outbounds(specs: Iterable[OutboundSpec], tools: Tools) -> dict[str, Outbound]:
+    """Build the outbounds by tag, "direct" and "block" among them always. Raises ConfigError."""
+    outbounds: dict[str, BaseOutbound] = {"direct": DirectOutbound(tools), "block": BlockOutbound(tools)}
     for spec in specs:
         if spec.tag in outbounds:
             raise ConfigError(f"outbound {spec.tag!r}: this tag is taken; give every outbound a tag of its own")
-        outbounds[spec.tag] = _make(spec, socket_factory, dial_timeout, resolve, keepalive_interval)
+        outbounds[spec.tag] = _make(spec, tools)
     return dict(outbounds)
 
 
-def _make(
-    spec: OutboundSpec, factory: SocketFactory, dial_timeout: float, resolve: Resolve, keepalive_interval: int
-) -> BaseOutbound:
+def _make(spec: OutboundSpec, tools: Tools) -> BaseOutbound:
     if spec.type == "direct":
-        return DirectOutbound(factory, resolve, dial_timeout, tag=spec.tag)
+        return DirectOutbound(tools, tag=spec.tag)
     if spec.type == "block":
-        return BlockOutbound(tag=spec.tag)
+        return BlockOutbound(tools, tag=spec.tag)
     if spec.type not in _PROXIES:
         raise ConfigError(f"outbound {spec.tag!r}: unknown type {spec.type!r}; use socks5, http, direct or block")
-    credentials = _check(spec)
-    return _PROXIES[spec.type](
-        spec.tag, spec.host, spec.port, credentials, factory, resolve, dial_timeout, keepalive_interval
-    )
+    return _PROXIES[spec.type](spec.tag, spec.host, spec.port, _check(spec), tools)
 
 
 def _check(spec: OutboundSpec) -> tuple[str, str] | None:

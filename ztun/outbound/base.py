@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 import weakref
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ztun.outbound import tcp
-from ztun.outbound.negotiation import Dialogue, negotiate
+from ztun.outbound.dial import Dial, Dialogue, Stage
 from ztun.ports import (
+    Connected,
     DatagramHandler,
     DatagramLink,
     Destination,
+    Dialling,
+    Failed,
     Failure,
     OutboundError,
+    Poller,
     SocketFactory,
     UnreachableHandler,
 )
@@ -24,13 +30,30 @@ from ztun.ports import (
 Resolve = Callable[[str], Awaitable[Iterable[str]]]
 FailureHandler = Callable[[OutboundError], None]
 
+_REMEMBERED = 1.0  # seconds for which a proxy's addresses are not asked for again; the resolver minds their TTL
+
 
 class Link(DatagramLink, Protocol):
     closed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What outbounds are made with.
+
+    poller: tells of their sockets; factory: makes them; resolve: the real addresses of a name; dial_timeout: seconds
+    for a whole dial, resolving and negotiating included; keepalive_interval: seconds, of connections to a proxy.
+    """
+
+    poller: Poller
+    factory: SocketFactory
+    resolve: Resolve
+    dial_timeout: float
+    keepalive_interval: int = 75
+
+
 class BaseOutbound:
-    """Counts what `_dial` of a subclass does, and bounds it by the dial deadline.
+    """Dials, counts, and bounds each dial by the deadline.
 
     dials: connections and datagram links that were asked for; failures: how those ended that failed; drops: reason ->
     datagrams that could not be carried.
@@ -38,25 +61,93 @@ class BaseOutbound:
 
     type = "none"
 
-    def __init__(self, tag: str, dial_timeout: float) -> None:
+    def __init__(self, tag: str, tools: Tools) -> None:
         self.tag = tag
         self.dials = 0
         self.failures: Counter[Failure] = Counter()
         self.drops: Counter[str] = Counter()
-        self._dial_timeout = dial_timeout
-        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self.poller = tools.poller
+        self.factory = tools.factory
+        self._resolve = tools.resolve
+        self._dial_timeout = tools.dial_timeout
+        self._deadlines: dict[Dial, float] = {}  # in order, since all have the same time
+        self._timer: asyncio.TimerHandle | None = None
         self._links: weakref.WeakSet[Link] = weakref.WeakSet()
 
-    async def connect(self, destination: Destination) -> socket.socket:
-        """See `ztun.ports.Outbound.connect`. Cancelling closes what was opened."""
+    # Connections.
+
+    def dial(self, destination: Destination, connected: Connected, failed: Failed) -> Dialling:
+        """See `ztun.ports.Outbound.dial`."""
+        raise NotImplementedError
+
+    def _start(self, dial: Dial, addresses: Sequence[str]) -> Dial:
+        """Begin. addresses: of its host, where they are known."""
+        self.dials += dial.counted
+        self._deadlines[dial] = time.monotonic() + self._dial_timeout
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._dial_timeout, self._look_at_deadlines)
+        dial.start(addresses, self._addresses_of)
+        return dial
+
+    def _refuse(self, error: OutboundError, failed: Failed) -> Dialling:
+        """A dial that failed before it began."""
         self.dials += 1
+        self.failures[error.failure] += 1
+        failed(error)
+        return Nothing()
+
+    async def connect(self, destination: Destination) -> socket.socket:
+        """`dial` for who would rather wait: the socket is watched no more. Raises OutboundError."""
+        return await self._wait_for(lambda connected, failed: self.dial(destination, connected, failed))
+
+    async def _wait_for(self, begin: Callable[[Connected, Failed], Dialling]) -> socket.socket:
+        answer: asyncio.Future[socket.socket] = asyncio.get_running_loop().create_future()
+
+        def connected(sock: socket.socket, more: bool) -> None:
+            self.poller.unwatch(sock.fileno())
+            answer.set_result(sock)
+
+        dialling = begin(connected, answer.set_exception)
         try:
-            sock = await self._dial(destination)
-        except OutboundError as error:
-            self.failures[error.failure] += 1
+            return await answer
+        except asyncio.CancelledError:
+            dialling.cancel()
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                answer.result().close()
             raise
-        self._sockets.add(sock)
-        return sock
+
+    async def _addresses_of(self, host: str) -> list[str]:
+        return await resolved(self._resolve, host)
+
+    def _look_at_deadlines(self) -> None:
+        self._timer = None
+        now = time.monotonic()
+        for dial, deadline in list(self._deadlines.items()):
+            if deadline > now:
+                self._timer = asyncio.get_running_loop().call_later(deadline - now, self._look_at_deadlines)
+                return
+            dial.fail(self._too_late(dial))
+
+    # The Dialler of its dials.
+
+    def ended(self, dial: Dial) -> None:
+        """See `dial.Dialler.ended`."""
+        del self._deadlines[dial]
+
+    def describe(self, dial: Dial, error: OSError | OutboundError) -> OutboundError:
+        """See `dial.Dialler.describe`; every failure passes here once."""
+        described = self._describe(dial, error)
+        if dial.counted:
+            self.failures[described.failure] += 1
+        return described
+
+    def _describe(self, dial: Dial, error: OSError | OutboundError) -> OutboundError:
+        raise NotImplementedError
+
+    def _too_late(self, dial: Dial) -> OutboundError:
+        raise NotImplementedError
+
+    # Datagrams.
 
     async def open_datagrams(
         self,
@@ -74,93 +165,79 @@ class BaseOutbound:
         self._links.add(link)
         return link
 
-    async def close(self) -> None:
-        """Close the datagram links. Connections belong to who asked for them."""
-        for link in list(self._links):
-            link.close()
-
-    def statistics(self) -> dict[str, Any]:
-        """For `status --json`: type, dials, active (connections that live), datagram_links, failures, drops."""
-        return {
-            "type": self.type,
-            "dials": self.dials,
-            "active": sum(1 for sock in list(self._sockets) if sock.fileno() >= 0),
-            "datagram_links": sum(1 for link in list(self._links) if not link.closed),
-            "failures": {failure.value: count for failure, count in self.failures.items()},
-            "drops": dict(self.drops),
-        }
-
-    async def _dial(self, destination: Destination) -> socket.socket:
-        raise NotImplementedError
-
     async def _open_link(
         self, on_datagram: DatagramHandler, on_failure: FailureHandler, on_unreachable: UnreachableHandler | None
     ) -> Link:
         raise self._error(Failure.UNSUPPORTED, f"{self.type} carries no datagrams")
+
+    async def close(self) -> None:
+        """End the dials and close the datagram links. Connections belong to who asked for them."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for dial in list(self._deadlines):
+            dial.cancel()
+        for link in list(self._links):
+            link.close()
+
+    def statistics(self) -> dict[str, Any]:
+        """For `status --json`: type, dials, dialling, datagram_links, failures, drops."""
+        return {
+            "type": self.type,
+            "dials": self.dials,
+            "dialling": len(self._deadlines),
+            "datagram_links": sum(1 for link in list(self._links) if not link.closed),
+            "failures": {failure.value: count for failure, count in self.failures.items()},
+            "drops": dict(self.drops),
+        }
 
     def _error(self, failure: Failure, what: str) -> OutboundError:
         return OutboundError(failure, f"outbound {self.tag}: {what}")
 
 
 class ProxyOutbound(BaseOutbound):
-    """Reaches everything through one proxy.
+    """Reaches everything through one proxy. host, port: where it listens, the host a name or a literal."""
 
-    host, port: where the proxy listens, the host a name or a literal; keepalive_interval: seconds.
-    """
-
-    def __init__(
-        self,
-        tag: str,
-        host: str,
-        port: int,
-        credentials: tuple[str, str] | None,
-        factory: SocketFactory,
-        resolve: Resolve,
-        dial_timeout: float,
-        keepalive_interval: int,
-    ) -> None:
-        super().__init__(tag, dial_timeout)
+    def __init__(self, tag: str, host: str, port: int, credentials: tuple[str, str] | None, tools: Tools) -> None:
+        super().__init__(tag, tools)
         self._host = host
         self._port = port
         self._credentials = credentials
-        self._factory = factory
-        self._resolve = resolve
-        self._keepalive_interval = keepalive_interval
+        self._keepalive_interval = tools.keepalive_interval
         self._addresses: list[str] = [host] if tcp.is_literal(host) else []
+        self._known_until = float("inf") if self._addresses else 0.0
         self._server = f"proxy [{host}]:{port}" if ":" in host else f"proxy {host}:{port}"
 
-    async def _negotiated(self, dialogue: Dialogue) -> socket.socket:
-        """A connection to the proxy on which `dialogue` was carried out. Raises OutboundError."""
-        sock: socket.socket | None = None
+    def dial(self, destination: Destination, connected: Connected, failed: Failed) -> Dialling:
+        """See `ztun.ports.Outbound.dial`."""
         try:
-            async with asyncio.timeout(self._dial_timeout):
-                sock = await self._connect_to_proxy()
-                await negotiate(sock, dialogue)
-        except BaseException as error:
-            if sock is not None:
-                sock.close()
-            if isinstance(error, TimeoutError):
-                raise self._too_late(sock is not None, dialogue.asked) from None
-            if isinstance(error, OutboundError):
-                raise self._error(error.failure, f"{self._server}: {error}") from None
-            raise
-        return sock
+            dialogue = self._dialogue(destination)
+        except OutboundError as error:  # no name that a proxy could take
+            return self._refuse(self._error(error.failure, f"{self._server}: {error}"), failed)
+        return self._dial(dialogue, connected, failed)
 
-    async def _connect_to_proxy(self) -> socket.socket:
-        addresses = self._addresses if self._addresses[:1] == [self._host] else await self._proxy_addresses()
-        try:
-            sock = await tcp.connect(self._factory, addresses, self._port)
-        except OSError as error:
-            raise OutboundError(Failure.PROXY_UNREACHABLE, f"cannot be reached: {error.strerror}") from None
+    def _dial(self, dialogue: Dialogue, connected: Connected, failed: Failed, *, counted: bool = True) -> Dial:
+        known = self._addresses if time.monotonic() < self._known_until else ()
+        return self._start(Dial(self, self._host, self._port, dialogue, connected, failed, counted=counted), known)
+
+    def _dialogue(self, destination: Destination) -> Dialogue:
+        raise NotImplementedError
+
+    async def _negotiated(self, dialogue: Dialogue) -> socket.socket:
+        """A connection to the proxy on which `dialogue` was carried out, as a part of something else that is counted.
+
+        Raises OutboundError."""
+        sock = await self._wait_for(lambda connected, failed: self._dial(dialogue, connected, failed, counted=False))
         tcp.keep_alive(sock, self._keepalive_interval)
         return sock
 
-    async def _proxy_addresses(self) -> list[str]:
+    async def _addresses_of(self, host: str) -> list[str]:
         """The addresses of a proxy given by name. When the name server fails, those of last time are tried."""
-        if self._host == "localhost":  # never asked of a name server (RFC 6761, section 6.3)
+        if host == "localhost":  # never asked of a name server (RFC 6761, section 6.3)
             return ["127.0.0.1", "::1"]
         try:
-            self._addresses = list(await self._resolve(self._host)) or self._addresses
+            self._addresses = list(await self._resolve(host)) or self._addresses
+            self._known_until = time.monotonic() + _REMEMBERED
         except OutboundError as error:
             if not self._addresses:
                 raise OutboundError(Failure.PROXY_UNREACHABLE, f"its name does not resolve: {error}") from None
@@ -168,13 +245,25 @@ class ProxyOutbound(BaseOutbound):
             raise OutboundError(Failure.PROXY_UNREACHABLE, "its name has no address")
         return self._addresses
 
-    def _too_late(self, connected: bool, asked: bool) -> OutboundError:
+    def _describe(self, dial: Dial, error: OSError | OutboundError) -> OutboundError:
+        if isinstance(error, OSError):
+            return self._error(Failure.PROXY_UNREACHABLE, f"{self._server}: cannot be reached: {error.strerror}")
+        return self._error(error.failure, f"{self._server}: {error}")
+
+    def _too_late(self, dial: Dial) -> OutboundError:
         within = f"within {self._dial_timeout:g} s"
-        if not connected:
-            return self._error(Failure.PROXY_UNREACHABLE, f"{self._server} did not accept a connection {within}")
-        if not asked:
-            return self._error(Failure.PROXY_FAILED, f"{self._server} did not answer the greeting {within}")
-        return self._error(Failure.TIMED_OUT, f"{self._server} did not reach the destination {within}")
+        if dial.stage is not Stage.NEGOTIATING:
+            return OutboundError(Failure.PROXY_UNREACHABLE, f"did not accept a connection {within}")
+        if dial.dialogue is not None and not dial.dialogue.asked:
+            return OutboundError(Failure.PROXY_FAILED, f"did not answer the greeting {within}")
+        return OutboundError(Failure.TIMED_OUT, f"did not reach the destination {within}")
+
+
+class Nothing:
+    """A dial that was over before it began."""
+
+    def cancel(self) -> None:
+        pass
 
 
 async def resolved(resolve: Resolve, host: str) -> list[str]:

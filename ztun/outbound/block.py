@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import socket
-
-from ztun.outbound.base import BaseOutbound, FailureHandler, Link
-from ztun.ports import DatagramHandler, Destination, Failure, UnreachableHandler
+from ztun.outbound.base import BaseOutbound, FailureHandler, Link, Tools
+from ztun.ports import Connected, DatagramHandler, Destination, Dialling, Failed, Failure, UnreachableHandler
 
 
 class BlockOutbound(BaseOutbound):
     type = "block"
 
-    def __init__(self, tag: str = "block") -> None:
-        super().__init__(tag, dial_timeout=0)
+    def __init__(self, tools: Tools, tag: str = "block") -> None:
+        super().__init__(tag, tools)
 
-    async def _dial(self, destination: Destination) -> socket.socket:
-        raise self._error(Failure.PROHIBITED, f"{destination.host} port {destination.port} is blocked")
+    def dial(self, destination: Destination, connected: Connected, failed: Failed) -> Dialling:
+        """See `ztun.ports.Outbound.dial`."""
+        return self._refuse(
+            self._error(Failure.PROHIBITED, f"{destination.host} port {destination.port} is blocked"), failed
+        )
 
     async def _open_link(
         self, on_datagram: DatagramHandler, on_failure: FailureHandler, on_unreachable: UnreachableHandler | None

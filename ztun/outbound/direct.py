@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-import asyncio
-import socket
-
 from ztun.outbound import tcp
-from ztun.outbound.base import BaseOutbound, FailureHandler, Link, Resolve, resolved
+from ztun.outbound.base import BaseOutbound, FailureHandler, Link, Tools
 from ztun.outbound.datagrams import DirectLink
+from ztun.outbound.dial import Dial
 from ztun.outbound.errors import unreachable
-from ztun.ports import DatagramHandler, Destination, Failure, SocketFactory, UnreachableHandler
+from ztun.ports import (
+    Connected,
+    DatagramHandler,
+    Destination,
+    Dialling,
+    Failed,
+    Failure,
+    OutboundError,
+    UnreachableHandler,
+)
 
 
 class DirectOutbound(BaseOutbound):
-    """Connects itself; names are resolved by `resolve`, which must give real addresses."""
+    """Connects itself; names are resolved by `Tools.resolve`, which must give real addresses."""
 
     type = "direct"
 
-    def __init__(self, factory: SocketFactory, resolve: Resolve, dial_timeout: float, tag: str = "direct") -> None:
-        super().__init__(tag, dial_timeout)
-        self._factory = factory
-        self._resolve = resolve
+    def __init__(self, tools: Tools, tag: str = "direct") -> None:
+        super().__init__(tag, tools)
 
-    async def _dial(self, destination: Destination) -> socket.socket:
-        try:
-            async with asyncio.timeout(self._dial_timeout):
-                addresses = await resolved(self._resolve, destination.host)
-                return await tcp.connect(self._factory, addresses, destination.port)
-        except TimeoutError:
-            what = f"{destination.host} port {destination.port} did not answer within {self._dial_timeout:g} s"
-            raise self._error(Failure.TIMED_OUT, what) from None
-        except OSError as error:
-            raise unreachable(destination, error) from None
+    def dial(self, destination: Destination, connected: Connected, failed: Failed) -> Dialling:
+        """See `ztun.ports.Outbound.dial`."""
+        host, port = destination
+        return self._start(Dial(self, host, port, None, connected, failed), [host] if tcp.is_literal(host) else ())
+
+    def _describe(self, dial: Dial, error: OSError | OutboundError) -> OutboundError:
+        return unreachable(Destination(dial.host, dial.port), error) if isinstance(error, OSError) else error
+
+    def _too_late(self, dial: Dial) -> OutboundError:
+        what = f"{dial.host} port {dial.port} did not answer within {self._dial_timeout:g} s"
+        return self._error(Failure.TIMED_OUT, what)
 
     async def _open_link(
         self, on_datagram: DatagramHandler, on_failure: FailureHandler, on_unreachable: UnreachableHandler | None
     ) -> Link:
-        return DirectLink(self._factory, self._resolve, on_datagram, on_unreachable, self.drops)
+        return DirectLink(self.factory, self._resolve, on_datagram, on_unreachable, self.drops)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-import socket
+from base64 import b64encode
 
-from ztun.outbound import library, tcp
+from ztun.outbound import tcp
 from ztun.outbound.base import ProxyOutbound
+from ztun.outbound.dial import Dialogue
 from ztun.outbound.errors import failure_of, os_error
 from ztun.outbound.names import proxy_name
 from ztun.ports import Destination, Failure, OutboundError
@@ -15,6 +16,7 @@ MAX_HEADER = 65536  # bytes of status lines and header fields before the proxy i
 
 _END = re.compile(rb"\n\r?\n")  # a lone LF may end a line (RFC 9112, section 2.2)
 _START = b"HTTP/"
+_STATUS = re.compile(rb"HTTP/1\.[0-9] +([0-9]{3})(?![0-9])")  # RFC 9112, section 4
 
 _FAILURES = {
     401: Failure.PROXY_AUTHENTICATION,
@@ -50,6 +52,18 @@ _SQUID_FAILURES = {
 }
 
 
+def connect_request(host: str, port: int, credentials: tuple[str, str] | None) -> bytes:
+    """A CONNECT request with Basic authentication, its credentials in UTF-8 (RFC 7617, section 2.1).
+
+    host: a name, or an address literal; an IPv6 one is bracketed here.
+    """
+    authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    lines = [f"CONNECT {authority} HTTP/1.1", f"Host: {authority}"]
+    if credentials is not None:
+        lines.append(f"Proxy-Authorization: Basic {b64encode(':'.join(credentials).encode()).decode()}")
+    return "\r\n".join([*lines, "", ""]).encode("ascii")
+
+
 class HttpDialogue:
     """The CONNECT exchange, sans-IO. Everything up to the end of the header fields is the proxy's, and no byte more."""
 
@@ -57,7 +71,7 @@ class HttpDialogue:
         host = destination.host if tcp.is_literal(destination.host) else proxy_name(destination.host)
         self.done = False
         self.asked = False
-        self._request = library.http_request(host, destination.port, credentials)
+        self._request = connect_request(host, destination.port, credentials)
         self._header = bytearray()
         self._total = 0
 
@@ -81,10 +95,8 @@ class HttpDialogue:
 
     def _handle_header(self, header: bytes) -> None:
         line = header.split(b"\n", 1)[0].strip()
-        try:
-            status = library.HttpReply.loads(line).status_code
-        except library.MALFORMED as error:
-            status = library.error_code(error) or 0
+        found = _STATUS.match(line)
+        status = int(found[1]) if found else 0
         if 200 <= status < 300:  # any of them opens the tunnel (RFC 9110, section 9.3.6)
             self.done = True
         elif 100 <= status < 200 and status != 101:  # interim: the real answer follows (RFC 9110, section 15.2)
@@ -108,5 +120,5 @@ class HttpOutbound(ProxyOutbound):
 
     type = "http"
 
-    async def _dial(self, destination: Destination) -> socket.socket:
-        return await self._negotiated(HttpDialogue(destination, self._credentials))
+    def _dialogue(self, destination: Destination) -> Dialogue:
+        return HttpDialogue(destination, self._credentials)

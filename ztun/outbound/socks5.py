@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from enum import Enum
 
-from ztun.outbound import library, tcp
+from ztun.outbound import tcp
 from ztun.outbound.associate import AssociateLink
 from ztun.outbound.base import FailureHandler, Link, ProxyOutbound, resolved
+from ztun.outbound.dial import Dialogue
 from ztun.outbound.names import proxy_name
 from ztun.ports import DatagramHandler, Destination, Failure, OutboundError, UnreachableHandler
+
+_VERSION = 5
+_AUTHENTICATION_VERSION = 1  # RFC 1929, section 2
+_NONE, _USERNAME, _NO_ACCEPTABLE = 0, 2, 0xFF  # methods
+_CONNECT, _ASSOCIATE = 1, 3  # commands
+_IPV4, _NAME, _IPV6 = 1, 3, 4  # ATYP
 
 _FAILURES = {
     1: (Failure.PROXY_FAILED, "it failed for a reason of its own"),
@@ -22,83 +30,135 @@ _FAILURES = {
     8: (Failure.UNSUPPORTED, "it does not support the type of address"),
 }
 
-_NO_ACCEPTABLE_METHOD = 0xFF
-_METHOD_SIZE = 2  # version, method; and of the authentication's answer: version, status
+_SHORT = 2  # version and method; version and status; and of a reply that reports a failure
 _LENGTH_KNOWN = 5  # with this many bytes of a reply, its length is known
-_REPLY_SIZES = {1: 4 + 4 + 2, 4: 4 + 16 + 2}  # by address type; 3 is a name behind its length
+_REPLY_SIZES = {_IPV4: 4 + 4 + 2, _IPV6: 4 + 16 + 2}  # a name comes behind its length
+
+
+def encode_request(command: int, host: str, port: int) -> bytes:
+    """VER, CMD, RSV, ATYP, DST.ADDR and DST.PORT (RFC 1928, section 4). host: a literal, or a name of up to 255 bytes.
+
+    Raises OutboundError for what is no name.
+    """
+    end = port.to_bytes(2, "big")
+    if not tcp.is_literal(host):
+        name = proxy_name(host).encode("ascii")
+        return bytes((_VERSION, command, 0, _NAME, len(name))) + name + end
+    if ":" in host:
+        return bytes((_VERSION, command, 0, _IPV6)) + socket.inet_pton(socket.AF_INET6, host.partition("%")[0]) + end
+    return bytes((_VERSION, command, 0, _IPV4)) + socket.inet_aton(host) + end
+
+
+def connect_request(destination: Destination) -> bytes:
+    """The request for a connection. Raises OutboundError for what is no name."""
+    return encode_request(_CONNECT, *destination)
+
+
+class _State(Enum):
+    METHOD = 0
+    AUTHENTICATION = 1
+    REPLY = 2
 
 
 class Socks5Dialogue:
-    """Method negotiation, authentication and one request, sans-IO. It takes the replies to the byte."""
+    """Method negotiation, authentication and one request, sans-IO. It takes the replies to the byte.
 
-    def __init__(self, request: library.Socks5Request, credentials: tuple[str, str] | None) -> None:
+    request: see `encode_request`.
+    """
+
+    __slots__ = ("_credentials", "_message", "_request", "_state", "asked", "bound", "done")
+
+    def __init__(self, request: bytes, credentials: tuple[str, str] | None) -> None:
         self.done = False
         self.asked = False
         self.bound: tuple[str, int] = ("", 0)  # BND.ADDR and BND.PORT of the reply
         self._request = request
         self._credentials = credentials
-        self._connection = library.Socks5Connection()
-        self._message = bytearray()
+        self._state = _State.METHOD
+        self._message = b""
 
     def start(self) -> bytes:
-        return self._connection.send(library.socks5_methods(self._credentials))
+        """The methods that we can."""
+        if self._credentials is None:
+            return bytes((_VERSION, 1, _NONE))
+        return bytes((_VERSION, 2, _NONE, _USERNAME))
 
     def receive(self, data: bytes) -> tuple[int, bytes]:
+        """See `Dialogue.receive`."""
         taken, answer = 0, b""
         while taken < len(data) and not self.done:
-            piece = data[taken : taken + self._size() - len(self._message)]
+            missing = self._size() - len(self._message)
+            piece = data[taken : taken + missing]
             self._message += piece
             taken += len(piece)
-            if len(self._message) == self._size():
-                answer += self._handle_message()
+            if len(piece) == missing and len(self._message) == self._size():
+                message, self._message = self._message, b""
+                answer += self._take(message)
         return taken, answer
 
     def _size(self) -> int:
         """The length of the message that is being read, as far as it is known."""
         message = self._message
-        if not isinstance(self._connection.state, library.WaitingForReply):
-            return _METHOD_SIZE
-        if len(message) < 2 or message[0] != 5 or message[1]:
-            return 2  # a failure says all there is to know in two bytes
+        if self._state is not _State.REPLY:
+            return _SHORT
+        if len(message) < _SHORT or message[0] != _VERSION or message[1]:
+            return _SHORT  # a failure says all there is to know in two bytes
         if len(message) < _LENGTH_KNOWN:
             return _LENGTH_KNOWN
-        if message[3] == 3:
+        if message[3] == _NAME:
             return 4 + 1 + message[4] + 2
         return _REPLY_SIZES.get(message[3], _LENGTH_KNOWN)
 
-    def _handle_message(self) -> bytes:
-        state = self._connection.state
-        message = bytes(self._message)
-        self._message.clear()
-        try:
-            reply = self._connection.receive(message)
-        except library.MALFORMED as error:
-            raise self._refusal(state, message, error) from None
-        if isinstance(state, library.WaitingForReply):
-            assert isinstance(reply, library.Socks5Reply)
-            self.bound = reply.bound_host, reply.bound_port
-            self.done = True
-            return b""
-        if isinstance(state, library.WaitingForMethod) and message[1] == library.UserPassword:
-            assert self._credentials is not None  # the library refuses a method that was not offered
-            return self._connection.send(library.Authentication(*self._credentials))
-        self.asked = True
-        return self._connection.send(self._request)
+    def _take(self, message: bytes) -> bytes:
+        if self._state is _State.METHOD:
+            return self._take_method(message)
+        if self._state is _State.AUTHENTICATION:
+            if message[0] != _AUTHENTICATION_VERSION:
+                raise _malformed(message)
+            if message[1]:
+                raise OutboundError(Failure.PROXY_AUTHENTICATION, "it did not accept the username and password")
+            return self._ask()
+        self._take_reply(message)
+        return b""
 
-    def _refusal(self, state: object, message: bytes, error: Exception) -> OutboundError:
-        """What a reply that the library did not take means."""
-        code = library.error_code(error)
-        if code in _FAILURES:
-            return OutboundError(*_FAILURES[code])
-        version, status = message[:2]
-        if isinstance(state, library.WaitingForMethod) and version == 5 and status in (1, 2, _NO_ACCEPTABLE_METHOD):
-            wanted = (
-                "it accepts no method of authentication that we have" if self._credentials else "it wants a username"
-            )
-            return OutboundError(Failure.PROXY_AUTHENTICATION, wanted)
-        if isinstance(state, library.WaitingForAuthentication) and version == 1:
-            return OutboundError(Failure.PROXY_AUTHENTICATION, "it did not accept the username and password")
-        return OutboundError(Failure.PROXY_FAILED, f"it answered with what is no SOCKS5: {message[:8].hex(' ')}")
+    def _take_method(self, message: bytes) -> bytes:
+        version, method = message
+        if version == _VERSION and method == _NONE:
+            return self._ask()
+        if version == _VERSION and method == _USERNAME and self._credentials is not None:
+            self._state = _State.AUTHENTICATION
+            username, password = (text.encode() for text in self._credentials)
+            return bytes((_AUTHENTICATION_VERSION, len(username))) + username + bytes((len(password),)) + password
+        if version == _VERSION and method in (1, _USERNAME, _NO_ACCEPTABLE):
+            wanted = "it accepts no method of authentication that we have"
+            raise OutboundError(Failure.PROXY_AUTHENTICATION, wanted if self._credentials else "it wants a username")
+        raise _malformed(message)
+
+    def _ask(self) -> bytes:
+        self._state = _State.REPLY
+        self.asked = True
+        return self._request
+
+    def _take_reply(self, message: bytes) -> None:
+        if message[0] != _VERSION:
+            raise _malformed(message)
+        if message[1]:
+            raise OutboundError(*_FAILURES[message[1]]) if message[1] in _FAILURES else _malformed(message)
+        kind = message[3]
+        if kind == _IPV4:
+            host = socket.inet_ntop(socket.AF_INET, message[4:8])
+        elif kind == _IPV6:
+            host = socket.inet_ntop(socket.AF_INET6, message[4:20])
+        elif kind == _NAME:
+            host = message[5:-2].decode("utf-8", "backslashreplace")
+        else:
+            raise _malformed(message)
+        self.bound = host, int.from_bytes(message[-2:], "big")
+        self.done = True
+
+
+def _malformed(message: bytes) -> OutboundError:
+    return OutboundError(Failure.PROXY_FAILED, f"it answered with what is no SOCKS5: {message[:8].hex(' ')}")
 
 
 class Socks5Outbound(ProxyOutbound):
@@ -106,22 +166,20 @@ class Socks5Outbound(ProxyOutbound):
 
     type = "socks5"
 
-    async def _dial(self, destination: Destination) -> socket.socket:
-        host = destination.host if tcp.is_literal(destination.host) else proxy_name(destination.host)
-        request = library.Socks5Request(host=host, port=destination.port)
-        return await self._negotiated(Socks5Dialogue(request, self._credentials))
+    def _dialogue(self, destination: Destination) -> Dialogue:
+        return Socks5Dialogue(connect_request(destination), self._credentials)
 
     async def _open_link(
         self, on_datagram: DatagramHandler, on_failure: FailureHandler, on_unreachable: UnreachableHandler | None
     ) -> Link:
         """Ask for an association. No ICMP error comes through a proxy, so `on_unreachable` has nothing to tell."""
         # We do not know yet from where we send: zeros say so (RFC 1928, section 4).
-        dialogue = Socks5Dialogue(library.AssociateRequest(host="0.0.0.0", port=0), self._credentials)
+        dialogue = Socks5Dialogue(encode_request(_ASSOCIATE, "0.0.0.0", 0), self._credentials)
         control = await self._negotiated(dialogue)
         relay: socket.socket | None = None
         try:
             host, port = await self._relay_address(control, dialogue.bound)
-            relay = self._factory(tcp.family_of(host), socket.SOCK_DGRAM)
+            relay = self.factory(tcp.family_of(host), socket.SOCK_DGRAM)
             relay.connect((host, port))
             return AssociateLink(control, relay, on_datagram, on_failure, self.drops)
         except BaseException as error:

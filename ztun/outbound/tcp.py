@@ -6,14 +6,15 @@ import asyncio
 import errno
 import socket
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ztun.outbound.errors import most_telling, os_error
-from ztun.ports import SocketFactory
+from ztun.ports import Poller, SocketFactory
 
 ATTEMPT_DELAY = 0.25  # seconds between two attempts: the recommended Connection Attempt Delay (RFC 8305, section 5)
 
 _MAX_KEEPALIVE = 32767  # seconds: MAX_TCP_KEEPIDLE and MAX_TCP_KEEPINTVL, net/tcp.h
+_ESTABLISHED = (0, errno.EISCONN)
 
 
 def family_of(address: str) -> int:
@@ -51,109 +52,126 @@ def keep_alive(sock: socket.socket, interval: int) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-async def connect(
-    factory: SocketFactory, addresses: Sequence[str], port: int, delay: float = ATTEMPT_DELAY
-) -> socket.socket:
-    """Connect to the first of `addresses` (literals) that answers; the other attempts are closed.
+def begin(factory: SocketFactory, address: str, port: int) -> tuple[socket.socket, int]:
+    """Begin to connect to a literal address. Returns the socket and what `progress` would say of it now.
 
-    There is no deadline here; cancelling closes every attempt. Raises OSError, the most telling one, when all failed.
+    Raises OSError when there is no socket to be had, or no such address.
     """
-    race = _Race(factory, addresses, port, delay)
+    sock = factory(family_of(address), socket.SOCK_STREAM)
     try:
-        return await race.run()
-    finally:
-        race.close()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        number = sock.connect_ex((address, port))
+        if number == errno.EINPROGRESS:
+            # On a path without delay the answer came within connect(2). If it was an ICMP error of a router on this
+            # very machine, the kernel noted it and wakes nobody before the SYN is sent again, a second later.
+            number = sock.connect_ex((address, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock, 0 if number in _ESTABLISHED else number
 
 
-class _Race:
-    """Connection attempts of which the first to be established wins.
+def progress(sock: socket.socket, address: str, port: int) -> int:
+    """0 once `sock` is connected, EALREADY while it is being connected, else the errno of its failure."""
+    number = sock.connect_ex((address, port))
+    return 0 if number in _ESTABLISHED else number
 
-    Written with callbacks instead of tasks: the usual race has one runner, and costs one task switch.
+
+class Race:
+    """Connection attempts of which the first to be established wins; the others are closed.
+
+    won(sock): a connected socket that `poller` watches, to be handed over; lost(error): the most telling one, when all
+    failed. There is no deadline here. Either may be called from within `start`.
     """
 
-    def __init__(self, factory: SocketFactory, addresses: Sequence[str], port: int, delay: float) -> None:
+    def __init__(
+        self,
+        poller: Poller,
+        factory: SocketFactory,
+        addresses: Sequence[str],
+        port: int,
+        won: Callable[[socket.socket], None],
+        lost: Callable[[OSError], None],
+        delay: float = ATTEMPT_DELAY,
+    ) -> None:
+        self._poller = poller
         self._factory = factory
         self._waiting = deque(interleave(addresses) if len(addresses) > 1 else addresses)
         self._port = port
+        self._won = won
+        self._lost = lost
         self._delay = delay
-        self._loop = asyncio.get_running_loop()
-        self._pending: set[socket.socket] = set()
+        self._pending: dict[socket.socket, str] = {}
         self._errors: list[OSError] = []
-        self._winner: socket.socket | None = None
-        self._over: asyncio.Future[None] | None = None
+        self._over = False
         self._timer: asyncio.TimerHandle | None = None
 
-    async def run(self) -> socket.socket:
-        self._start_next()
-        if self._winner is None and self._pending:
-            self._over = self._loop.create_future()
-            await self._over
-        if self._winner is None:
-            raise most_telling(self._errors) if self._errors else os_error(errno.EADDRNOTAVAIL)
-        winner, self._winner = self._winner, None
-        return winner
-
-    def close(self) -> None:
-        """Close what is left: the losers, and the winner too if nobody took it because we were cancelled."""
-        self._stop_timer()
-        for sock in self._pending:
-            self._loop.remove_writer(sock.fileno())
-            sock.close()
-        self._pending.clear()
-        if self._winner is not None:
-            self._winner.close()
-
-    def _start_next(self) -> None:
+    def start(self) -> None:
         """Start attempts until one is under way: one that fails at once makes room for the next at once."""
         self._stop_timer()
-        while self._waiting and self._winner is None:
-            if self._start(self._waiting.popleft()):
+        while self._waiting and not self._over:
+            if self._attempt(self._waiting.popleft()):
                 break
-        if self._waiting and self._winner is None:
-            self._timer = self._loop.call_later(self._delay, self._start_next)
-        if self._over is not None and not self._over.done() and (self._winner is not None or not self._pending):
-            self._over.set_result(None)
+        if self._over:
+            return
+        if self._waiting:
+            self._timer = asyncio.get_running_loop().call_later(self._delay, self.start)
+        elif not self._pending:
+            self._over = True
+            self._lost(most_telling(self._errors) if self._errors else os_error(errno.EADDRNOTAVAIL))
 
-    def _start(self, address: str) -> bool:
+    def cancel(self) -> None:
+        """Close every attempt; nobody is told."""
+        self._over = True
+        self._stop_timer()
+        for sock in self._pending:
+            self._poller.closing(sock.fileno())
+            sock.close()
+        self._pending.clear()
+
+    def _attempt(self, address: str) -> bool:
         """Begin one attempt. False when it failed at once."""
         try:
-            sock = self._factory(family_of(address), socket.SOCK_STREAM)
-        except OSError as error:
+            sock, number = begin(self._factory, address, self._port)
+        except OSError as error:  # or an address that only looked like one
             self._errors.append(error)
             return False
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            number = sock.connect_ex((address, self._port))
-            if number == errno.EINPROGRESS:
-                # An ICMP error from a router on this very machine arrives within connect(2), with the socket locked:
-                # the kernel notes it and wakes nobody before the SYN is sent again, a second later.
-                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or errno.EINPROGRESS
-        except OSError as error:  # an address that only looked like one
-            self._errors.append(error)
+        if number not in (0, errno.EALREADY):
             sock.close()
-            return False
-        if number == errno.EINPROGRESS:
-            self._pending.add(sock)
-            self._loop.add_writer(sock.fileno(), self._on_writable, sock)
-            return True
-        return self._settle(sock, number)
-
-    def _on_writable(self, sock: socket.socket) -> None:
-        self._loop.remove_writer(sock.fileno())
-        self._pending.discard(sock)
-        self._settle(sock, sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
-        self._start_next()
-
-    def _settle(self, sock: socket.socket, number: int) -> bool:
-        """Note the end of one attempt. True when it won."""
-        if number == 0 and self._winner is None:
-            self._winner = sock
-            self._stop_timer()
-            return True
-        sock.close()
-        if number:
             self._errors.append(os_error(number))
-        return False
+            return False
+        self._pending[sock] = address
+        try:
+            self._poller.watch(sock.fileno(), lambda _mask: self._look(sock), writing=True)
+        except OSError as error:
+            del self._pending[sock]
+            sock.close()
+            self._errors.append(error)
+            return False
+        if number == 0:
+            self._win(sock)
+        return True
+
+    def _look(self, sock: socket.socket) -> None:
+        address = self._pending.get(sock)
+        if address is None:
+            return  # an event of a descriptor that had this number before
+        number = progress(sock, address, self._port)
+        if number == errno.EALREADY:
+            return
+        if number == 0:
+            self._win(sock)
+            return
+        del self._pending[sock]
+        self._poller.closing(sock.fileno())
+        sock.close()
+        self._errors.append(os_error(number))
+        self.start()
+
+    def _win(self, sock: socket.socket) -> None:
+        del self._pending[sock]
+        self.cancel()
+        self._won(sock)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

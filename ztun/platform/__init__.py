@@ -8,19 +8,32 @@ if sys.platform == "darwin":
     from ztun.platform.darwin import (
         interface_addresses,
         make_classifier,
+        make_event_loop,
         make_routes,
         make_socket_factory,
         open_device,
+        poller_of,
         sweep,
     )
 else:
     from ztun.platform.linux import (
         interface_addresses,
         make_classifier,
+        make_event_loop,
         make_routes,
         make_socket_factory,
         open_device,
+        poller_of,
         sweep,
     )
 
-__all__ = ["interface_addresses", "make_classifier", "make_routes", "make_socket_factory", "open_device", "sweep"]
+__all__ = [
+    "interface_addresses",
+    "make_classifier",
+    "make_event_loop",
+    "make_routes",
+    "make_socket_factory",
+    "open_device",
+    "poller_of",
+    "sweep",
+]

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from ztun.errors import ZtunError
-from ztun.ports import Classifier, PacketDevice, Routes, SocketFactory
+from ztun.ports import Classifier, PacketDevice, Poller, Routes, SocketFactory
 
-__all__ = ["interface_addresses", "make_classifier", "make_routes", "make_socket_factory", "open_device", "sweep"]
+__all__ = [
+    "interface_addresses",
+    "make_classifier",
+    "make_event_loop",
+    "make_routes",
+    "make_socket_factory",
+    "open_device",
+    "poller_of",
+    "sweep",
+]
 
 
 def _not_yet(what: str) -> NoReturn:
@@ -48,3 +58,11 @@ def interface_addresses() -> list[tuple[str, bytes, int]]:
 
 def sweep(device: str) -> list[str]:
     _not_yet("removing left-overs")
+
+
+def make_event_loop() -> asyncio.AbstractEventLoop:
+    _not_yet("the event loop")
+
+
+def poller_of(loop: asyncio.AbstractEventLoop) -> Poller:
+    _not_yet("the poller")

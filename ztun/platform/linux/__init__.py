@@ -9,12 +9,22 @@ from ztun.platform.linux.backends import choose
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.classifier import BpfClassifier
 from ztun.platform.linux.policy import RoutesClassifier
+from ztun.platform.linux.poller import make_event_loop, poller_of
 from ztun.platform.linux.routes import TunRoutes
 from ztun.platform.linux.sockets import MarkedSockets
 from ztun.platform.linux.sweep import sweep
 from ztun.platform.linux.tun import TunDevice, open_tun
 
-__all__ = ["interface_addresses", "make_classifier", "make_routes", "make_socket_factory", "open_device", "sweep"]
+__all__ = [
+    "interface_addresses",
+    "make_classifier",
+    "make_event_loop",
+    "make_routes",
+    "make_socket_factory",
+    "open_device",
+    "poller_of",
+    "sweep",
+]
 
 
 def open_device(name: str, mtu: int) -> TunDevice:

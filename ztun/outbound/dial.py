@@ -1,0 +1,256 @@
+"""One dial: resolve, connect, talk to the proxy. Callbacks all the way, since a task costs as much as the rest.
+
+Nothing is taken from the socket that is not the proxy's. The first bytes of the destination may share a segment with
+the proxy's last reply, so every read peeks first, and only what the dialogue claims is then taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from enum import Enum
+from typing import Protocol
+
+from ztun.outbound import tcp
+from ztun.outbound.errors import os_error
+from ztun.ports import ENDED, READABLE, WRITABLE, Connected, Failed, Failure, OutboundError, Poller, SocketFactory
+
+_CHUNK = 4096  # bytes to peek at; longer headers take several turns
+_MAY_READ = READABLE | ENDED
+
+
+class Dialogue(Protocol):
+    """One exchange with a proxy, sans-IO: bytes go in, bytes come out, and a failure is raised as OutboundError."""
+
+    done: bool  # the proxy agreed; the next byte is the destination's
+    asked: bool  # the request is on its way, so what is awaited is the destination, not the proxy
+
+    def start(self) -> bytes:
+        """The first message."""
+        ...
+
+    def receive(self, data: bytes) -> tuple[int, bytes]:
+        """Read `data`, at least one byte. Returns how many of its bytes were the proxy's, and what to send next."""
+        ...
+
+
+class Stage(Enum):
+    """How far a dial came."""
+
+    RESOLVING = 0
+    CONNECTING = 1
+    NEGOTIATING = 2
+    OVER = 3
+
+
+class Dialler(Protocol):
+    """What a dial asks of its outbound."""
+
+    poller: Poller
+    factory: SocketFactory
+
+    def ended(self, dial: Dial) -> None:
+        """It is over, well or not."""
+        ...
+
+    def describe(self, dial: Dial, error: OSError | OutboundError) -> OutboundError:
+        """The error to report, in words that name the outbound."""
+        ...
+
+
+class Dial:
+    """See ztun.ports.Dialling.
+
+    host, port: what to connect to; dialogue: with the proxy that is there, None for the destination itself;
+    counted: in the outbound's statistics.
+    """
+
+    __slots__ = (
+        "_address", "_connected", "_dialler", "_failed", "_fd", "_race", "_sock", "_task", "_unsent", "counted", "dialogue",
+        "host", "port", "stage",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        dialler: Dialler,
+        host: str,
+        port: int,
+        dialogue: Dialogue | None,
+        connected: Connected,
+        failed: Failed,
+        *,
+        counted: bool = True,
+    ) -> None:
+        self.counted = counted
+        self.host = host
+        self.port = port
+        self.dialogue = dialogue
+        self.stage = Stage.RESOLVING
+        self._dialler = dialler
+        self._connected = connected
+        self._failed = failed
+        self._sock: socket.socket | None = None
+        self._fd = -1
+        self._address = ""
+        self._race: tcp.Race | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._unsent = b""
+
+    def start(self, addresses: Sequence[str], resolve: Callable[[str], Awaitable[Sequence[str]]]) -> None:
+        """Go on as far as is possible at once; a callback may come from within.
+
+        addresses: literals, where they are known; else `resolve` tells them.
+        """
+        if addresses:
+            self._connect(addresses)
+        else:
+            self._task = asyncio.get_running_loop().create_task(self._resolve(resolve))
+
+    def adopt(self, sock: socket.socket) -> None:
+        """Go on over a socket that is connected already, and that nobody watches."""
+        self.stage = Stage.CONNECTING
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._dialler.poller.watch(self._fd, self._on_event)
+        self._established(sock)
+
+    def cancel(self) -> None:
+        """Close everything; nobody is told any more. Without effect when it is over."""
+        if self.stage is Stage.OVER:
+            return
+        self._end()
+        if self._sock is not None:
+            self._dialler.poller.closing(self._fd)
+            self._sock.close()
+
+    def fail(self, error: OSError | OutboundError) -> None:
+        """End it, and say why."""
+        if self.stage is not Stage.OVER:
+            described = self._dialler.describe(self, error)
+            self.cancel()
+            self._failed(described)
+
+    def _end(self) -> None:
+        self.stage = Stage.OVER
+        self._dialler.ended(self)
+        if self._race is not None:
+            self._race.cancel()
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
+
+    # Resolving and connecting.
+
+    async def _resolve(self, resolve: Callable[[str], Awaitable[Sequence[str]]]) -> None:
+        try:
+            addresses = await resolve(self.host)
+        except OutboundError as error:
+            self.fail(error)
+            return
+        if self.stage is Stage.RESOLVING:
+            self._connect(addresses)
+
+    def _connect(self, addresses: Sequence[str]) -> None:
+        self.stage = Stage.CONNECTING
+        dialler = self._dialler
+        if len(addresses) != 1:
+            self._race = tcp.Race(dialler.poller, dialler.factory, addresses, self.port, self._established, self.fail)
+            self._race.start()
+            return
+        self._address = addresses[0]
+        try:
+            sock, number = tcp.begin(dialler.factory, self._address, self.port)
+        except OSError as error:
+            self.fail(error)
+            return
+        self._sock = sock
+        if number not in (0, errno.EALREADY):
+            self.fail(os_error(number))
+            return
+        self._fd = sock.fileno()
+        try:
+            dialler.poller.watch(self._fd, self._on_event, writing=number != 0)
+        except OSError as error:
+            self.fail(error)
+            return
+        if number == 0:
+            self._established(sock)
+
+    def _on_event(self, mask: int) -> None:
+        if self.stage is Stage.CONNECTING:
+            assert self._sock is not None
+            number = tcp.progress(self._sock, self._address, self.port)
+            if number == 0:
+                self._established(self._sock)
+            elif number != errno.EALREADY:
+                self.fail(os_error(number))
+        elif self.stage is Stage.NEGOTIATING:
+            if self._unsent and mask & WRITABLE:
+                data, self._unsent = self._unsent, b""
+                self._send(data)
+            if mask & _MAY_READ:
+                self._read()
+
+    def _established(self, sock: socket.socket) -> None:
+        if self._sock is not sock:
+            self._sock = sock
+            self._fd = sock.fileno()
+            self._dialler.poller.hand_over(self._fd, self._on_event)
+        if self.dialogue is None:
+            self._finish(sock, True)
+            return
+        self.stage = Stage.NEGOTIATING
+        try:
+            self._send(self.dialogue.start())
+        except OutboundError as error:
+            self.fail(error)
+
+    def _finish(self, sock: socket.socket, more: bool) -> None:
+        self._end()
+        self._connected(sock, more)
+
+    # The dialogue with the proxy.
+
+    def _read(self) -> None:
+        """Take every message that is there: what is left unread is no news."""
+        sock, dialogue = self._sock, self.dialogue
+        assert sock is not None
+        assert dialogue is not None
+        try:
+            more = True
+            while more:
+                data = sock.recv(_CHUNK, socket.MSG_PEEK)
+                if not data:
+                    raise OutboundError(Failure.PROXY_FAILED, "it closed the connection instead of answering")
+                taken, answer = dialogue.receive(data)
+                sock.recv(taken)
+                if answer:
+                    self._send(answer)
+                if self.stage is Stage.OVER:
+                    return
+                more = len(data) > taken or len(data) == _CHUNK
+                if dialogue.done:
+                    self._finish(sock, more)
+                    return
+        except (BlockingIOError, InterruptedError):
+            return
+        except OutboundError as error:
+            self.fail(error)
+        except OSError as error:
+            self.fail(OutboundError(Failure.PROXY_FAILED, f"it broke the connection: {error.strerror}"))
+
+    def _send(self, data: bytes) -> None:
+        """Send all of `data`, now or as the socket takes it. A new connection has room for it, as a rule."""
+        assert self._sock is not None
+        if not self._unsent:
+            try:
+                data = data[self._sock.send(data) :]
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError as error:
+                self.fail(OutboundError(Failure.PROXY_FAILED, f"it broke the connection: {error.strerror}"))
+                return
+            if data:
+                self._dialler.poller.want_write(self._fd)
+        self._unsent += data

@@ -1,0 +1,199 @@
+"""Readiness of many sockets, told straight to whoever waits for it: epoll(7), edge-triggered for flows.
+
+asyncio makes an object and a turn of its queue of every event, and a system call of every change of mind. A gateway has
+thousands of flows that are each ready for a moment, so their events are delivered from within the selector, before
+asyncio hears of its own. A flow costs one epoll_ctl(2) in all: closing its socket is the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import select
+import selectors
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ztun.ports import ReadyHandler
+
+_EDGE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+_EDGE_BOTH = _EDGE | select.EPOLLOUT
+_MOST_EVENTS = 256  # of one system call; those that are left come with the next
+
+
+class EpollPoller:
+    """A ztun.ports.Poller. nested: its epoll object is itself watched by an event loop."""
+
+    def __init__(self, *, nested: bool = False) -> None:
+        self.epoll = select.epoll()
+        self._nested = nested
+        self._handlers: dict[int, ReadyHandler] = {}
+        self._again: list[ReadyHandler] = []
+        self._at_end: list[Callable[[], None]] = []
+
+    def watch(self, fd: int, handler: ReadyHandler, *, writing: bool = False) -> None:
+        """See ztun.ports.Poller.watch. Raises OSError where the kernel has no memory for one more."""
+        self._handlers[fd] = handler
+        self.epoll.register(fd, _EDGE_BOTH if writing else _EDGE)
+
+    def watch_level(self, fd: int, handler: ReadyHandler) -> None:
+        """See ztun.ports.Poller.watch_level."""
+        self._handlers[fd] = handler
+        self.epoll.register(fd, select.EPOLLIN)
+
+    def want_write(self, fd: int) -> None:
+        """See ztun.ports.Poller.want_write."""
+        self.epoll.modify(fd, _EDGE_BOTH)
+
+    def hand_over(self, fd: int, handler: ReadyHandler) -> None:
+        """See ztun.ports.Poller.hand_over."""
+        self._handlers[fd] = handler
+
+    def unwatch(self, fd: int) -> None:
+        """See ztun.ports.Poller.unwatch."""
+        if self._handlers.pop(fd, None) is not None:
+            self.epoll.unregister(fd)
+
+    def closing(self, fd: int) -> None:
+        """See ztun.ports.Poller.closing."""
+        self._handlers.pop(fd, None)
+
+    def again(self, handler: ReadyHandler) -> None:
+        """See ztun.ports.Poller.again."""
+        self._come_back()
+        self._again.append(handler)
+
+    def at_end(self, callback: Callable[[], None]) -> None:
+        """See ztun.ports.Poller.at_end."""
+        self._come_back()
+        self._at_end.append(callback)
+
+    def _come_back(self) -> None:
+        """An event loop of somebody else's looks here only when there is an event."""
+        if self._nested and not self._again and not self._at_end:
+            asyncio.get_running_loop().call_soon(self.wait, 0.0)
+
+    def wait(self, seconds: float) -> list[tuple[int, int]]:
+        """Wait for events, at most so long (below 0: for ever), and deliver them. Returns those that nobody watches."""
+        more = self._again
+        if more:
+            self._again = []
+        others = []
+        get = self._handlers.get
+        try:
+            for event in self.epoll.poll(0.0 if more or self._at_end else seconds, _MOST_EVENTS):
+                handler = get(event[0])
+                if handler is None:
+                    others.append(event)
+                    continue
+                try:
+                    handler(event[1])
+                except Exception as error:
+                    _complain(error)
+        except InterruptedError:
+            pass
+        if more or self._at_end:
+            self._finish_turn(more)
+        return others
+
+    def _finish_turn(self, more: list[ReadyHandler]) -> None:
+        for handler in more:
+            try:
+                handler(0)
+            except Exception as error:
+                _complain(error)
+        ends, self._at_end = self._at_end, []
+        for callback in ends:
+            try:
+                callback()
+            except Exception as error:
+                _complain(error)
+
+
+def _complain(error: Exception) -> None:
+    """A defect of ours costs the flow whose event it was; the others go on."""
+    loop = asyncio.get_running_loop()
+    loop.call_exception_handler({"message": "an event of a flow could not be handled", "exception": error})
+
+
+class PollerSelector(selectors.BaseSelector):
+    """asyncio's selector: what is not the poller's goes to the event loop in the usual way."""
+
+    def __init__(self) -> None:
+        self.poller = EpollPoller()
+        self._keys: dict[int, selectors.SelectorKey] = {}
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        fd = _number(fileobj)
+        if fd in self._keys:
+            raise KeyError(f"{fileobj!r} is registered already")
+        self.poller.epoll.register(fd, _mask(events))
+        key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
+        return key
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        fd = _number(fileobj)
+        key = self._keys.pop(fd)
+        try:
+            self.poller.epoll.unregister(fd)
+        except OSError:
+            pass  # it was closed, and is gone with that
+        return key
+
+    def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        fd = _number(fileobj)
+        if self._keys[fd].events != events:
+            self.poller.epoll.modify(fd, _mask(events))
+        key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
+        return key
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        # epoll counts milliseconds, and who wakes up early waits twice.
+        seconds = -1.0 if timeout is None else math.ceil(max(timeout, 0.0) * 1e3) * 1e-3
+        ready = []
+        for fd, mask in self.poller.wait(seconds):
+            key = self._keys.get(fd)
+            if key is None:
+                continue  # closed by whoever had the event before
+            found = selectors.EVENT_WRITE if mask & ~select.EPOLLIN else 0
+            if mask & ~select.EPOLLOUT:
+                found |= selectors.EVENT_READ
+            ready.append((key, found & key.events))
+        return ready
+
+    def close(self) -> None:
+        self.poller.epoll.close()
+        self._keys.clear()
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        return self._keys
+
+
+def _number(fileobj: Any) -> int:
+    return fileobj if isinstance(fileobj, int) else int(fileobj.fileno())
+
+
+def _mask(events: int) -> int:
+    mask = select.EPOLLIN if events & selectors.EVENT_READ else 0
+    return mask | (select.EPOLLOUT if events & selectors.EVENT_WRITE else 0)
+
+
+_pollers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, EpollPoller] = weakref.WeakKeyDictionary()
+
+
+def make_event_loop() -> asyncio.AbstractEventLoop:
+    """asyncio's event loop, waiting on the epoll object of its poller."""
+    selector = PollerSelector()
+    loop = asyncio.SelectorEventLoop(selector)
+    _pollers[loop] = selector.poller
+    return loop
+
+
+def poller_of(loop: asyncio.AbstractEventLoop) -> EpollPoller:
+    """The poller beside a loop. A loop that `make_event_loop` did not make watches the epoll object of a new one."""
+    poller = _pollers.get(loop)
+    if poller is None:
+        poller = _pollers[loop] = EpollPoller(nested=True)
+        loop.add_reader(poller.epoll.fileno(), poller.wait, 0.0)
+    return poller
