@@ -163,7 +163,8 @@ class Connection(Segments):
         if self.state is State.DIALING:
             self._emit_reset(0, self.rx.nxt)
         elif self.tx.unsent() or self.state not in (State.CLOSING, State.LAST_ACK):
-            self._emit_reset(self.tx.nxt, self.rx.nxt)
+            options = self._stamp_option(now) if self.timestamps else b""  # RFC 7323 section 3.2
+            self._emit_reset(self.tx.nxt, self.rx.nxt, options)
         self._finish(how, now)
 
     # Packets in.
@@ -339,6 +340,7 @@ class Connection(Segments):
             self.tx.rtt.sample(now - self._opened_at)
         else:
             self.tx.rtt.begin_after_loss()
+            self.tx.cc.cwnd = self.tx.mss  # RFC 5681 section 3.1: the path lost a SYN,ACK
         self.tx.retries = 0
         self.stack.established(self)
         self.last_data = now

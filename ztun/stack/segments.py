@@ -136,9 +136,9 @@ class Segments(FlowKey):
         rx.acknowledged()
         self.last_ack_sent = rx.nxt
 
-    def _emit_reset(self, seq: int, ack: int | None) -> None:
+    def _emit_reset(self, seq: int, ack: int | None, options: bytes = b"") -> None:
         flags = RST if ack is None else RST | ACK
-        self.stack.outbox.append((self.header.pack(seq, ack or 0, flags, 0, b"", 0),))
+        self.stack.outbox.append((self.header.pack(seq, ack or 0, flags, 0, options, 0),))
 
     def _challenge(self, now: float) -> None:
         if now - self._challenge_at >= _CHALLENGE_INTERVAL:

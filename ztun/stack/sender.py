@@ -429,9 +429,9 @@ class Sender:
             self._probe_tail(now)
             return True
         self.retries += 1
-        if self.retries == 1:
-            self._give_up_at = now - self.rtt.rto + self._conn.user_timeout
-        if self.retries > self._conn.stack.settings.data_retries or now >= self._give_up_at:
+        if self.retries == 1:  # into a shut window nothing was sent that should have been acknowledged
+            self._give_up_at = self._conn.user_timeout + (now - self.rtt.rto if self.wnd else now)
+        elif self.retries > self._conn.stack.settings.data_retries or now >= self._give_up_at:
             return False
         self.rtt.back_off()
         if self.flight() and self.wnd:
