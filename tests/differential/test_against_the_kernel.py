@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from ztun.stack import connection
+from ztun.stack import segments
 
 from .differences import DIFFERENCES, PARTINGS, Case, Comparison, compare
 from .kernel import KernelSide
@@ -27,7 +27,7 @@ _used = itertools.count()  # every batch has addresses of its own
 @pytest.fixture(autouse=True)
 def no_throttle(monkeypatch: pytest.MonkeyPatch) -> None:
     """As tcp_invalid_ratelimit = 0 does with the kernel."""
-    monkeypatch.setattr(connection, "_CHALLENGE_INTERVAL", 0.0)
+    monkeypatch.setattr(segments, "_CHALLENGE_INTERVAL", 0.0)
 
 
 @pytest.mark.timeout(3600)
