@@ -132,6 +132,9 @@ class World:
             payload = bytes(datagram.payload) * self.source.pick((1, 1, 30, 2000))
             self.stack.send_udp(DatagramHeader(reverse(datagram.key)), payload)
 
+    def udp_refused(self, key: bytes, now: float) -> None:
+        pass
+
     def echo_requested(self, destination: bytes, now: float) -> bool:
         return self.source.below(2) == 0
 

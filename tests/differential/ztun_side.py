@@ -84,6 +84,9 @@ class ZtunSide:
     def udp_received(self, datagram: Datagram, now: float) -> None:
         raise AssertionError("no script sends UDP")
 
+    def udp_refused(self, key: bytes, now: float) -> None:
+        pass
+
     def echo_requested(self, destination: bytes, now: float) -> bool:
         raise AssertionError("no script pings")
 

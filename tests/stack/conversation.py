@@ -109,6 +109,7 @@ class Net:
         self.apps: list[App] = []
         self.datagrams: list[tuple[bytes, int, bytes, int, bytes]] = []
         self.invoking: list[bytes] = []
+        self.refused: list[bytes] = []
         self.pingable: set[bytes] = set()
         self.on_incoming: Any = None
         self._in_batch = False
@@ -124,6 +125,9 @@ class Net:
         sender, receiver = (datagram.source, datagram.source_port), (datagram.destination, datagram.destination_port)
         self.datagrams.append((*sender, *receiver, bytes(datagram.payload)))
         self.invoking.append(bytes(datagram.packet))
+
+    def udp_refused(self, key: bytes, now: float) -> None:
+        self.refused.append(key)
 
     def echo_requested(self, destination: bytes, now: float) -> bool:
         return destination in self.pingable

@@ -128,7 +128,7 @@ def test_other_errors_do_not_end_a_connection(client: Client, sending: App) -> N
     for kind, code in kinds:
         message = bytes(4) + segment(client, 1)
         client.net.receives(packets.icmp_packet(_ROUTER[client.family], client.server, kind, code, message))
-    assert client.dropped("icmp-error") == len(kinds)
+    assert client.dropped("icmp-soft") == len(kinds)
     assert sending.how is None
 
 

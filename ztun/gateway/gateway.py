@@ -6,7 +6,7 @@ import asyncio
 import socket
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ztun.gateway.dns_stream import DnsStream
@@ -14,6 +14,7 @@ from ztun.gateway.engine import Engine
 from ztun.gateway.failures import TCP_ANSWER
 from ztun.gateway.flowlog import flow_log
 from ztun.gateway.isn import make_isn
+from ztun.gateway.limits import Limits
 from ztun.gateway.routing import Decider, NamePool, Route, Router, UnmappedError
 from ztun.gateway.tcp_relay import TcpRelay
 from ztun.gateway.udp_relay import UdpRelay
@@ -21,7 +22,6 @@ from ztun.ports import Dialling, Outbound, OutboundError, PacketDevice, Poller
 from ztun.stack import BufferPool, Closed, Connection, Datagram, DatagramHeader, Stack, StackSettings, reverse
 
 _MAX_DNS_TASKS = 512
-_MAX_UDP_SESSIONS = 16384
 
 
 class Answerer(Protocol):
@@ -42,6 +42,7 @@ class GatewayOptions:
     tcp_idle: float = 7440.0
     udp_idle: float = 300.0
     buffers: int = 32
+    limits: Limits = field(default_factory=Limits)
 
 
 class Flow:
@@ -113,7 +114,7 @@ class Gateway:
         outbounds: Mapping[str, Outbound],
         options: GatewayOptions,
     ) -> None:
-        settings = StackSettings(mtu=options.mtu, tcp_idle=options.tcp_idle)
+        settings = options.limits.applied(StackSettings(mtu=options.mtu, tcp_idle=options.tcp_idle))
         self._loop = loop
         self._names = names
         self._dns = dns
@@ -121,7 +122,7 @@ class Gateway:
         self._stack = Stack(self, settings, make_isn(), self._buffers)
         self.engine = Engine(loop, poller, device, self._stack, self._buffers)
         self._router = Router(rules, names, outbounds, options.hijack_dns)
-        self._udp = UdpRelay(self.engine, self._router, names, options.udp_idle, _MAX_UDP_SESSIONS, self._hijacked)
+        self._udp = UdpRelay(self.engine, self._router, names, options.udp_idle, options.limits, self._hijacked)
         self._dns_tasks: set[asyncio.Task[None]] = set()
         self._flows: set[Flow] = set()
         self._ended: Counter[str] = Counter()
@@ -167,6 +168,9 @@ class Gateway:
 
     def udp_received(self, datagram: Datagram, now: float) -> None:
         self._udp.receive(datagram, now)
+
+    def udp_refused(self, key: bytes, now: float) -> None:
+        self._udp.refused(key)
 
     def echo_requested(self, destination: bytes, now: float) -> bool:
         """A Fake-IP that stands for a name is up as far as ping can tell; nobody else's pings are answered for them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 from ztun.ports import Destination, Outbound
@@ -49,6 +49,11 @@ class Router:
         self._outbounds = outbounds
         self._hijack_dns = hijack_dns
         self._learned: OrderedDict[bytes, int] = OrderedDict()
+
+    @property
+    def tags(self) -> Iterable[str]:
+        """Of all outbounds."""
+        return self._outbounds.keys()
 
     def remember(self, address: bytes, rule: int) -> None:
         """A client was told this real address of a name that `rule` sent direct; flows to it may still come here."""

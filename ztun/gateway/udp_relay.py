@@ -14,15 +14,20 @@ import structlog
 
 from ztun.gateway.engine import Engine
 from ztun.gateway.failures import UDP_ANSWER
-from ztun.gateway.routing import NamePool, Router, UnmappedError, packed
+from ztun.gateway.limits import Limits
+from ztun.gateway.routing import NamePool, Router, UnmappedError, packed, text
 from ztun.ports import Buffer, DatagramLink, Destination, Outbound, OutboundError
 from ztun.stack import Datagram, DatagramHeader, reverse
+from ztun.stack.sources import SourceCounts, source_of
 from ztun.wire.icmp import Reason
 
 log = structlog.get_logger("ztun.udp")
 
 _MAX_WAITING = 32  # datagrams of a session while its link is being opened
-_MAX_FLOWS = 1024  # destinations, and senders, that one session remembers
+_MAX_FLOWS = 1024  # destinations that one session remembers
+_MAX_STRANGERS = 64  # senders that one session remembers beside those
+_FLOWS_PER_SESSION = 4  # destinations that all sessions together remember, for each session there may be
+_MAX_WAITING_BYTES = 4 << 20  # of all sessions
 _QUOTE = 128  # bytes of a packet that are kept to be quoted: its headers and some payload (RFC 792 asks for 8)
 
 
@@ -47,6 +52,8 @@ class UdpSession:
         self._link: DatagramLink | None = None
         self._waiting: list[tuple[Destination, bytes]] = []
         self._replies: dict[tuple[str, int], DatagramHeader] = {}
+        self._refused: set[tuple[str, int]] = set()  # senders for whom the client has no socket any more
+        self._waiting_bytes = 0
         self._quotes: dict[Destination, bytes] = {}
         self._task = relay.engine.loop.create_task(self._open())
 
@@ -56,14 +63,30 @@ class UdpSession:
         except OutboundError as error:
             self._failed(error)
             return
-        waiting, self._waiting = self._waiting, []
+        waiting = self._take_waiting()
         for destination, payload in waiting:
             self._forward(destination, (payload,))
+
+    def _take_waiting(self) -> list[tuple[Destination, bytes]]:
+        waiting, self._waiting = self._waiting, []
+        self._relay.waiting_bytes -= self._waiting_bytes
+        self._waiting_bytes = 0
+        return waiting
+
+    def _wait(self, destination: Destination, payload: bytes) -> None:
+        relay = self._relay
+        if len(self._waiting) >= _MAX_WAITING or relay.waiting_bytes + len(payload) > _MAX_WAITING_BYTES:
+            relay.engine.stack.drop("udp-waiting")
+            return
+        self._waiting.append((destination, payload))
+        self._waiting_bytes += len(payload)
+        relay.waiting_bytes += len(payload)
 
     def add(self, datagram: Datagram, destination: Destination) -> UdpFlow:
         """The first datagram to a destination; the reply to it will come from where the client sent it."""
         flow = UdpFlow(self, destination, bytes(datagram.packet[:_QUOTE]))
-        if len(self.flows) < _MAX_FLOWS:
+        self._refused.discard(destination)
+        if len(self.flows) < _MAX_FLOWS and self._relay.has_room_for_flow():
             self.flows[datagram.key] = flow
             self._replies[destination] = DatagramHeader(reverse(datagram.key))
             self._quotes[destination] = flow.quote
@@ -77,10 +100,7 @@ class UdpSession:
             self._forward(destination, payloads)
             return
         for payload in payloads:
-            if len(self._waiting) < _MAX_WAITING:
-                self._waiting.append((destination, bytes(payload)))
-            else:
-                self._relay.engine.stack.drop("udp-waiting")
+            self._wait(destination, bytes(payload))
 
     def _forward(self, destination: Destination, payloads: Sequence[Buffer]) -> None:
         assert self._link is not None
@@ -105,12 +125,14 @@ class UdpSession:
 
     def _stranger(self, host: str, port: int) -> DatagramHeader | None:
         """Somebody the client never wrote to: full cone lets it in, under its own address."""
+        if (host, port) in self._refused:
+            return None
         address = packed(host)
         own_address, own_port = self.endpoint
         if address is None or len(address) != len(own_address):
             return None
         header = DatagramHeader(address + own_address + port.to_bytes(2, "big") + own_port)
-        if len(self._replies) < 2 * _MAX_FLOWS:
+        if len(self._replies) < len(self.flows) + _MAX_STRANGERS:
             self._replies[host, port] = header
         return header
 
@@ -119,7 +141,25 @@ class UdpSession:
         self._relay.tell(self, latest.quote if latest else b"", error)
         self._relay.forget(self)
 
+    def refuse(self, key: bytes, sender: tuple[str, int]) -> bool:
+        """The client has no socket for what comes from there: neither pass on more of it, nor remember whom to.
+
+        It may have others at the same port, each connected to a peer of its own, so the rest of the session goes on.
+        key: of the client's datagrams to the sender; sender: its literal address and port, for one without a flow.
+        Returns whether there was a flow.
+        """
+        flow = self.flows.pop(key, None)
+        if flow is not None:
+            self._relay.engine.stack.udp_flows.pop(key, None)
+            sender = flow.destination
+            self._quotes.pop(sender, None)
+        self._replies.pop(sender, None)
+        if len(self._refused) < _MAX_FLOWS:
+            self._refused.add(sender)
+        return flow is not None
+
     def close(self) -> None:
+        self._take_waiting()
         self._task.cancel()
         if self._link is not None:
             self._link.close()
@@ -133,7 +173,7 @@ class UdpRelay:
         router: Router,
         names: NamePool,
         idle: float,
-        limit: int,
+        limits: Limits,
         on_dns: Callable[[Datagram], None],
     ) -> None:
         self.engine = engine
@@ -143,7 +183,9 @@ class UdpRelay:
         self._router = router
         self._names = names
         self._idle = idle
-        self._limit = limit
+        self._limit = limits.udp_sessions
+        self._of = SourceCounts(limits.udp_sessions_per_source)
+        self.waiting_bytes = 0  # of datagrams whose link is being opened
         self._on_dns = on_dns
         self._sessions: dict[tuple[bytes, bytes, str], UdpSession] = {}
         self._sweeper: asyncio.TimerHandle | None = None
@@ -183,14 +225,35 @@ class UdpRelay:
         endpoint = (datagram.source, datagram.key[-4:-2])
         session = self._sessions.get((*endpoint, outbound.tag))
         if session is None:
-            if len(self._sessions) >= self._limit:
-                self.engine.stack.drop("udp-limit")
+            reason = self._objection(datagram.source)
+            if reason is not None:
+                self.engine.stack.drop(reason)
                 self.engine.stack.send_unreachable(datagram.packet, Reason.PORT, now)
                 return None
             session = self._sessions[*endpoint, outbound.tag] = UdpSession(self, endpoint, outbound, now)
+            self._of.add(source_of(datagram.source))
             self.total += 1
             self._sweep_later()
         return session
+
+    def _objection(self, address: bytes) -> str | None:
+        """The drop reason for which this client gets no session more, or None."""
+        if len(self._sessions) >= self._limit:
+            return "udp-limit"
+        return "udp-limit-source" if self._of.is_full(source_of(address)) else None
+
+    def has_room_for_flow(self) -> bool:
+        """Whether one more destination can be remembered."""
+        return len(self.engine.stack.udp_flows) < _FLOWS_PER_SESSION * self._limit
+
+    def refused(self, key: bytes) -> None:
+        """A client answered a datagram with Port Unreachable. key: of its own datagrams of that flow."""
+        half = (len(key) - 4) // 2
+        sender = (text(key[half:-4]), int.from_bytes(key[-2:], "big"))
+        for tag in self._router.tags:
+            session = self._sessions.get((key[:half], key[-4:-2], tag))
+            if session is not None and session.refuse(key, sender) and not session.flows:
+                self.forget(session)
 
     def tell(self, session: UdpSession, quote: bytes, error: OutboundError) -> None:
         """Answer the client's datagram that begins with `quote` with what went wrong."""
@@ -203,6 +266,7 @@ class UdpRelay:
         if self._sessions.pop((*session.endpoint, session.outbound.tag), None) is None:
             return
         session.close()
+        self._of.remove(source_of(session.endpoint[0]))
         for key in session.flows:
             self.engine.stack.udp_flows.pop(key, None)
         for address in session.fakes:

@@ -79,6 +79,17 @@ class Connection(Segments):
     def is_closed(self) -> bool:
         return self.state is State.CLOSED
 
+    @property
+    def is_established(self) -> bool:
+        """The client answered our SYN-ACK, some time."""
+        return self.state is not State.DIALING and self.state is not State.SYN_RECEIVED
+
+    def is_in_flight(self, seq: int) -> bool:
+        """Whether we sent this sequence number and its ACK has not come. seq: as on the wire."""
+        if self.state is State.SYN_RECEIVED:
+            return seq == self.iss & MASK
+        return self.tx.una <= unwrap(seq, self.tx.una) < self.tx.nxt
+
     def quiescent(self) -> bool:
         """Nothing is unacknowledged either way, so that the flow could be handed to the kernel."""
         return self.state is State.ESTABLISHED and not (

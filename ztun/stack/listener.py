@@ -32,6 +32,10 @@ class Listener(Protocol):
 
     def udp_received(self, datagram: Datagram, now: float) -> None: ...
 
+    def udp_refused(self, key: bytes, now: float) -> None:
+        """The client has no socket any more for a datagram that it got. key: of its own datagrams of that flow."""
+        ...
+
     def echo_requested(self, destination: bytes, now: float) -> bool:
         """True when the stack shall answer a ping to this address in its owner's place."""
         ...

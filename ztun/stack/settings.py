@@ -19,6 +19,8 @@ class StackSettings:
     max_half_open: int = 4096
     max_half_open_per_source: int = 1024
     max_memory: int = 256 << 20  # bytes that all connections together hold
+    max_fragments: int = 4 << 20  # bytes of datagrams that are not whole yet
+    max_fragments_per_source: int = 1 << 20
     max_time_wait: int = 16384
 
     initial_rto: float = 1.0  # RFC 6298 (2.1)
@@ -35,5 +37,7 @@ class StackSettings:
     keepalive_interval: float = 75.0
     keepalive_probes: int = 6
 
-    icmp_rate: float = 100.0  # errors a second (RFC 4443 section 2.4 (f))
-    icmp_burst: int = 50
+    icmp_rate: float = 400.0  # errors a second (RFC 4443 section 2.4 (f))
+    icmp_burst: int = 200
+    icmp_rate_per_source: float = 50.0  # so that one that asks for them leaves some to the others
+    icmp_burst_per_source: int = 50

@@ -17,8 +17,9 @@ from ztun.stack.memory import Memory
 from ztun.stack.runs import RUN, Deliver, UdpFlow, split
 from ztun.stack.settings import StackSettings
 from ztun.stack.timers import TimerQueue
-from ztun.wire import checksum, ip, udp, vnet
+from ztun.wire import checksum, extensions, ip, udp, vnet
 from ztun.wire.icmp import Reason
+from ztun.wire.malformed import ParameterError
 
 # What of a packet decides about it, where the IP header has no options or extensions: virtio_net_hdr's flags, the
 # length field, for IPv4 the fragment word, addresses and ports, then of TCP sequence and acknowledgment numbers, flags
@@ -65,7 +66,7 @@ class Stack:
         self._udp_runs: list[UdpFlow] = []  # flows with datagrams that wait for the end of the batch
         self._unconnected = Unconnected(self)
         self._icmp = Icmp(self)
-        self._fragments = FragmentTable()
+        self._fragments = FragmentTable(settings.max_fragments, settings.max_fragments_per_source)
         self._identification = isn(b"identification", 0.0)
 
     def drop(self, reason: str) -> None:
@@ -147,11 +148,21 @@ class Stack:
             self.received["udp"] += 1
             flow.add(packet[start + udp.LENGTH : start + size].tobytes(), now)
 
-    def _receive_other(self, packet: memoryview, now: float) -> None:
+    def _receive_other(self, packet: memoryview, now: float, is_reassembled: bool = False) -> None:
+        """Everything that is not as short as most packets are, and what is to be answered with Parameter Problem."""
+        try:
+            self._receive_slowly(packet, is_reassembled, now)
+        except ParameterError as problem:
+            self.drop(str(problem))
+            self._icmp.send_parameter_problem(packet[_IP:], problem, now)
+
+    def _receive_slowly(self, packet: memoryview, is_reassembled: bool, now: float) -> None:
         head = ip.parse(packet, _IP)
         if not ip.is_unicast(head.source):
             raise ip.MalformedError("ip-source")
         if head.fragment is not None:
+            if is_reassembled:
+                raise ip.MalformedError("ip-extension")  # a fragment of a fragment
             self._receive_fragment(packet, head, now)
             return
         checked = bool(packet[0] & vnet.CHECKED)
@@ -161,14 +172,18 @@ class Stack:
             self._receive_tcp_slowly(packet, head, checked, now)
         elif head.protocol == (ip.ICMPV6 if head.version == 6 else ip.ICMP):
             self._icmp.receive(packet, head, checked, now)
+        elif head.version == 6 and head.protocol == extensions.NO_NEXT:
+            self.drop("ip-no-next-header")  # RFC 8200 section 4.7: there is nothing to answer
         else:
             self.drop("ip-protocol")
+            self._icmp.send_protocol_unknown(packet[_IP : head.end], head.pointer, now)
 
     def _receive_fragment(self, packet: memoryview, head: ip.IpHeader, now: float) -> None:
         whole = self._fragments.add(head, packet, _IP, now)
         if whole is not None:
-            front = ip.header(head.source, head.destination, head.protocol, len(whole), head.hop_limit)
-            self._receive_other(memoryview(vnet.EMPTY + front + whole), now)
+            protocol, payload = whole
+            front = ip.header(head.source, head.destination, protocol, len(payload), head.hop_limit)
+            self._receive_other(memoryview(vnet.EMPTY + front + payload), now, True)
         elif self._fragments:
             self.timers.arm(self._fragments, self._fragments.deadline())
 

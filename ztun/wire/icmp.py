@@ -16,6 +16,9 @@ _QUOTE4 = 576 - 20 - 8  # RFC 1812 section 4.3.2.3
 _QUOTE6 = ip.MINIMUM_MTU6 - 40 - 8  # RFC 4443 section 2.4 (c)
 
 
+_PROTOCOL = 2  # code of UNREACHABLE
+
+
 class Reason(Enum):
     """Why something cannot be reached: (ICMP code, ICMPv6 code) of Destination Unreachable."""
 
@@ -38,6 +41,18 @@ def unreachable(source: bytes, destination: bytes, reason: Reason, invoking: byt
     if len(source) == 4:
         return _error(source, destination, UNREACHABLE, code4, 0, invoking[:_QUOTE4])
     return _error(source, destination, UNREACHABLE6, code6, 0, invoking[:_QUOTE6])
+
+
+def protocol_unreachable(source: bytes, destination: bytes, invoking: bytes | memoryview) -> bytes:
+    """An IPv4 packet with Destination Unreachable: nobody here speaks the protocol of `invoking` (RFC 1122 3.2.2.1)."""
+    return _error(source, destination, UNREACHABLE, _PROTOCOL, 0, invoking[:_QUOTE4])
+
+
+def parameter_problem(
+    source: bytes, destination: bytes, code: int, pointer: int, invoking: bytes | memoryview
+) -> bytes:
+    """An IPv6 packet with Parameter Problem. pointer: offset of what is wrong in `invoking`, maybe beyond the quote."""
+    return _error(source, destination, PARAMETER6, code, pointer, invoking[:_QUOTE6])
 
 
 def reassembly_time_exceeded(source: bytes, destination: bytes, invoking: bytes | memoryview) -> bytes:

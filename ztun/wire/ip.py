@@ -9,7 +9,9 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ztun.wire import checksum
+from ztun.wire import checksum, extensions
+from ztun.wire.extensions import Fragment
+from ztun.wire.malformed import MalformedError as MalformedError
 
 ICMP = 1
 TCP = 6
@@ -25,25 +27,10 @@ _FRAGMENT6 = struct.Struct("!BBHI")
 _DONT_FRAGMENT = 0x4000
 _MORE = 0x2000
 
-# Extension headers that can stand before the transport header (RFC 8200 section 4.1, RFC 7045).
-_HOP_BY_HOP, _ROUTING, _FRAGMENT, _AUTHENTICATION, _NO_NEXT, _OPTIONS = 0, 43, 44, 51, 59, 60
-_MAX_EXTENSIONS = 8
-
-
-class MalformedError(Exception):
-    """A packet breaks its format. The message is the name of the drop reason."""
-
-
-class Fragment(NamedTuple):
-    """offset: of this piece in the payload, in bytes; more: another one follows; identification: of the datagram."""
-
-    identification: int
-    offset: int
-    more: bool
-
 
 class IpHeader(NamedTuple):
-    """What the layers above need. payload and end are offsets into the packet; fragment is None for a whole packet."""
+    """What the layers above need. payload and end are offsets into the packet; fragment is None for a whole packet;
+    pointer is the offset, from the IP header, of the field that says the protocol."""
 
     version: int
     source: bytes
@@ -53,6 +40,7 @@ class IpHeader(NamedTuple):
     end: int
     hop_limit: int
     fragment: Fragment | None
+    pointer: int
 
 
 def parse(packet: memoryview, start: int) -> IpHeader:
@@ -77,42 +65,20 @@ def _parse4(packet: memoryview, start: int) -> IpHeader:
     if not checksum.is_valid(packet[start : start + header]):
         raise MalformedError("ip-checksum")
     fragment = Fragment(ident, (frag & 0x1FFF) * 8, bool(frag & _MORE)) if frag & 0x3FFF else None
-    return IpHeader(4, source, destination, protocol, start + header, start + total, ttl, fragment)
+    if header > 20:
+        extensions.check_options4(packet[start + 20 : start + header])
+    return IpHeader(4, source, destination, protocol, start + header, start + total, ttl, fragment, 9)
 
 
 def _parse6(packet: memoryview, start: int) -> IpHeader:
     if len(packet) < start + 40:
         raise MalformedError("ip-truncated")
-    _, length, following, hops, source, destination = _V6.unpack_from(packet, start)
+    _, length, _, hops, source, destination = _V6.unpack_from(packet, start)
     end = start + 40 + length
     if end > len(packet):
         raise MalformedError("ip-length")
-    offset, protocol, fragment = _skip_extensions(packet, start + 40, end, following)
-    return IpHeader(6, source, destination, protocol, offset, end, hops, fragment)
-
-
-def _skip_extensions(packet: memoryview, offset: int, end: int, following: int) -> tuple[int, int, Fragment | None]:
-    fragment = None
-    for _ in range(_MAX_EXTENSIONS):
-        if following not in (_HOP_BY_HOP, _ROUTING, _OPTIONS, _FRAGMENT, _AUTHENTICATION):
-            return offset, following, fragment
-        if offset + 8 > end:
-            raise MalformedError("ip-extension")
-        if following == _FRAGMENT:
-            following, _, frag, ident = _FRAGMENT6.unpack_from(packet, offset)
-            offset += 8
-            if frag & 0xFFF9:  # an atomic fragment (RFC 6946) is a whole packet
-                fragment = Fragment(ident, frag & 0xFFF8, bool(frag & 1))
-                if fragment.offset:
-                    return offset, following, fragment
-            continue
-        units = packet[offset + 1]
-        size = (units + 2) * 4 if following == _AUTHENTICATION else (units + 1) * 8
-        following = packet[offset]
-        offset += size
-        if offset > end:
-            raise MalformedError("ip-extension")
-    raise MalformedError("ip-extension")
+    offset, protocol, pointer, fragment = extensions.walk(packet, start, end)
+    return IpHeader(6, source, destination, protocol, offset, end, hops, fragment, pointer)
 
 
 def header(source: bytes, destination: bytes, protocol: int, length: int, ttl: int = DEFAULT_TTL) -> bytes:
@@ -140,7 +106,7 @@ def fragments(
             frag = offset // 8 | (_MORE if more else 0)
             head = _header4(source, destination, protocol, len(piece), DEFAULT_TTL, identification & 0xFFFF, frag)
         else:
-            head = _V6.pack(0x60000000, len(piece) + 8, _FRAGMENT, DEFAULT_TTL, source, destination)
+            head = _V6.pack(0x60000000, len(piece) + 8, extensions.FRAGMENT, DEFAULT_TTL, source, destination)
             head += _FRAGMENT6.pack(protocol, 0, offset | more, identification & 0xFFFFFFFF)
         yield head, piece
 
