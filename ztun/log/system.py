@@ -62,6 +62,7 @@ class LogSystem:
         self.written = 0
         self.dropped = 0
         self._lost = 0  # dropped since the last line that was written
+        self._fault: str | None = None
         self._output: Output | None = None
         # One list for good, changed in place: loggers that were made before keep it.
         self._processors: list[Processor] = processors(Cleaner(), "console")
@@ -131,7 +132,7 @@ class LogSystem:
             "written": self.written,
             "suppressed": self._repeats.suppressed,
             "dropped": self.dropped,
-            "fault": self._output.fault if self._output is not None else None,
+            "fault": self._fault,
         }
 
     # The way of a line.
@@ -152,13 +153,20 @@ class LogSystem:
         """Hand a line to the output. level: a number of `logging`."""
         with self._lock:
             if self._output is None or not self._output.write(level, line):
-                self.dropped += 1
-                self._lost += 1
+                self.lose(self._output.fault if self._output is not None else None)
                 return
+            self._fault = None
             self.written += 1
             if self._lost:
                 lost, self._lost = self._lost, 0
                 self.bound("ztun.app").admitted(logging.WARNING, "log lines were lost", {"count": lost})
+
+    def lose(self, fault: str | None) -> None:
+        """Count a line that is not to be had."""
+        with self._lock:
+            self.dropped += 1
+            self._lost += 1
+            self._fault = fault
 
     # Counts of what was held back.
 
@@ -212,6 +220,10 @@ class Logger:
         """Whether a line of this kind may be written now. Looks at the level first, and at nothing else below it."""
         return level >= self.threshold.value and self._system.admit(self._component, event, level)
 
+    def give_up(self, error: Exception) -> None:
+        """A line could not be made."""
+        self._system.lose(repr(error))
+
     def debug(self, line: str) -> None:
         self._system.write(logging.DEBUG, line)
 
@@ -236,28 +248,28 @@ class BoundLogger(structlog.BoundLoggerBase):
 
     _logger: Logger
 
-    def debug(self, event: str, *args: Any, **values: Any) -> None:
+    def debug(self, event: str, /, *args: Any, **values: Any) -> None:
         if self._logger.threshold.value <= logging.DEBUG:
             self.log(logging.DEBUG, event, *args, **values)
 
-    def info(self, event: str, *args: Any, **values: Any) -> None:
+    def info(self, event: str, /, *args: Any, **values: Any) -> None:
         self.log(logging.INFO, event, *args, **values)
 
-    def warning(self, event: str, *args: Any, **values: Any) -> None:
+    def warning(self, event: str, /, *args: Any, **values: Any) -> None:
         self.log(logging.WARNING, event, *args, **values)
 
-    def error(self, event: str, *args: Any, **values: Any) -> None:
+    def error(self, event: str, /, *args: Any, **values: Any) -> None:
         self.log(logging.ERROR, event, *args, **values)
 
-    def critical(self, event: str, *args: Any, **values: Any) -> None:
+    def critical(self, event: str, /, *args: Any, **values: Any) -> None:
         self.log(logging.CRITICAL, event, *args, **values)
 
-    def exception(self, event: str, *args: Any, **values: Any) -> None:
+    def exception(self, event: str, /, *args: Any, **values: Any) -> None:
         """An error, with the exception that is being handled."""
         values.setdefault("exc_info", True)
         self.log(logging.ERROR, event, *args, **values)
 
-    def log(self, level: int, event: str, *args: Any, **values: Any) -> None:
+    def log(self, level: int, event: str, /, *args: Any, **values: Any) -> None:
         if self._logger.admit(event, level):
             self.admitted(level, event % args if args else event, values)
 
@@ -271,7 +283,13 @@ class BoundLogger(structlog.BoundLoggerBase):
 
     def admitted(self, level: int, event: str, values: dict[str, Any]) -> None:
         """Write a line that `admit` said yes to."""
-        self._proxy_to_logger(_METHODS[min(level // 10 * 10, logging.CRITICAL)], event, **values)
+        method = _METHODS[min(level // 10 * 10, logging.CRITICAL)]
+        try:
+            line, _ = self._process_event(method, event, values)
+        except Exception as error:
+            self._logger.give_up(error)  # a line must not end what it tells of
+        else:
+            getattr(self._logger, method)(*line)
 
 
 class _Forward(logging.Handler):
