@@ -24,6 +24,7 @@ from ztun.control.server import ControlServer
 from ztun.describe import describe_rules
 from ztun.errors import ConfigError, ZtunError
 from ztun.gateway.dns import DnsOptions, DnsService
+from ztun.gateway.droplog import DropLog
 from ztun.gateway.gateway import Gateway, GatewayOptions
 from ztun.geoip import CountryDatabase
 from ztun.lifecycle import StopRequest, Undo, unless
@@ -190,6 +191,9 @@ class Instance:
         self._undo.push("the flows", gateway.stop)
         gateway.start()
         self._gateway = gateway
+        drops = DropLog(self._loop, lambda: gateway.statistics()["drops"])
+        self._undo.push("the log of drops", drops.stop)
+        drops.start()
         self._undo.push("the DNS service", dns.close)
         await dns.start(self._listen)
 
