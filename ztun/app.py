@@ -26,6 +26,7 @@ from ztun.errors import ConfigError, ZtunError
 from ztun.gateway.dns import DnsOptions, DnsService
 from ztun.gateway.droplog import DropLog
 from ztun.gateway.gateway import Gateway, GatewayOptions
+from ztun.gateway.limits import Limits
 from ztun.geoip import CountryDatabase
 from ztun.lifecycle import StopRequest, Undo, unless
 from ztun.log.system import log_system
@@ -286,6 +287,7 @@ class Instance:
             tcp_idle=settings.timeouts.tcp_idle,
             udp_idle=settings.timeouts.udp_idle,
             buffers=settings.pool.buffers,
+            limits=Limits(**settings.limits.model_dump()),
         )
 
     def _choose_servers(self, addresses: list[machine.InterfaceAddress]) -> list[str]:

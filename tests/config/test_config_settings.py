@@ -11,6 +11,7 @@ from config_cases import design, parse
 from pydantic import ValidationError
 
 from ztun.config import Settings, to_rules
+from ztun.gateway.limits import Limits
 from ztun.rules import Decision, FlowInfo, NameKind
 
 
@@ -45,6 +46,11 @@ def test_what_the_design_shows_for_the_device_and_the_numbers_is_what_holds_with
     assert left_out.dns.hijack
     assert (left_out.capture.lan, left_out.capture.backend, left_out.capture.fail) == ((), "auto", "open")
     assert (left_out.outbounds, left_out.route.rules, left_out.route.default) == ((), (), "direct")
+
+
+def test_the_limits_that_are_left_out_are_those_of_the_gateway() -> None:
+    assert Limits(**parse({}).limits.model_dump()) == Limits()
+    assert Limits(**parse({"limits": {"udp_sessions": 7}}).limits.model_dump()) == Limits(udp_sessions=7)
 
 
 @pytest.mark.parametrize("section", [*design()])

@@ -41,6 +41,7 @@ FilePath = Annotated[Path, PlainValidator(values.parse_path)]
 Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 Whole = Annotated[int, Field(strict=True)]
+Limit = Annotated[Whole, Field(ge=1, le=1 << 20)]
 Level = Literal["debug", "info", "warning", "error"]
 
 _ONE_OR_MORE = (BeforeValidator(values.as_list), Field(min_length=1))
@@ -147,6 +148,24 @@ class TimeoutSettings(Section):
     udp_idle: Seconds = 300
 
 
+class LimitSettings(Section):
+    """How much clients may make us hold; a source is an IPv4 address or an IPv6 /64. At a bound the newest is refused.
+
+    memory: bytes that all TCP flows hold together, their windows and what they buffer, not what the process takes
+    besides; fragments: bytes of datagrams of which pieces are missing.
+    """
+
+    tcp_flows: Limit = 65536
+    tcp_flows_per_source: Limit = 16384
+    half_open: Limit = 4096
+    half_open_per_source: Limit = 1024
+    udp_sessions: Limit = 16384
+    udp_sessions_per_source: Limit = 4096
+    memory: Annotated[Whole, Field(ge=1 << 20, le=1 << 40)] = 256 << 20
+    fragments: Annotated[Whole, Field(ge=1 << 17, le=1 << 32)] = 4 << 20
+    fragments_per_source: Annotated[Whole, Field(ge=1 << 17, le=1 << 32)] = 1 << 20
+
+
 class LevelSettings(Section):
     """Levels of components that have their own (ztun.log.components says what each is)."""
 
@@ -215,6 +234,7 @@ class Settings(BaseSettings):
     route: RouteSettings = RouteSettings()
     pool: PoolSettings = PoolSettings()
     timeouts: TimeoutSettings = TimeoutSettings()
+    limits: LimitSettings = LimitSettings()
     log: LogSettings = LogSettings()
     control: ControlSettings = ControlSettings()
 
