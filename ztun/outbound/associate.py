@@ -13,7 +13,7 @@ from ztun.outbound.names import proxy_name
 from ztun.outbound.senders import Senders
 from ztun.outbound.tcp import is_literal
 from ztun.outbound.udp import Address, UdpSocket
-from ztun.ports import Buffer, DatagramHandler, Destination, Failure, OutboundError
+from ztun.ports import Buffer, DatagramHandler, Destination, Failure, OutboundError, Poller
 
 _MAX_HEADERS = 4096  # destinations whose header is kept ready
 _IPV4, _NAME, _IPV6 = 1, 3, 4  # ATYP
@@ -72,6 +72,7 @@ class AssociateLink:
 
     def __init__(
         self,
+        poller: Poller,
         control: socket.socket,
         relay: socket.socket,
         on_datagram: DatagramHandler,
@@ -80,15 +81,17 @@ class AssociateLink:
     ) -> None:
         self.closed = False
         self._drops = drops
-        self._loop = asyncio.get_running_loop()
+        self._poller = poller
         self._control = control
         self._on_datagram = on_datagram
         self._on_failure = on_failure
         self._headers: dict[Destination, bytes] = {}
         self._senders = Senders()
         self._known: dict[bytes, tuple[str, int]] = {}  # headers that were read -> whom to report
-        self._relay = UdpSocket(relay, self._received, self._relay_failed, drops, connected=True, head=_IPV4_HEADER)
-        self._loop.add_reader(control, self._control_readable)
+        self._relay = UdpSocket(
+            poller, relay, self._received, self._relay_failed, drops, connected=True, head=_IPV4_HEADER
+        )
+        poller.watch_level(control.fileno(), self._control_readable)
 
     def send(self, destination: Destination, payload: Buffer) -> None:
         """See `ztun.ports.DatagramLink.send`. Names go to the proxy as they are."""
@@ -103,13 +106,13 @@ class AssociateLink:
             self._relay.send_run(header, payloads, None)
         except OSError as error:
             # Later, since who sends does not expect to lose the link meanwhile.
-            self._loop.call_soon(self._relay_failed, error.errno or 0, None)
+            asyncio.get_running_loop().call_soon(self._relay_failed, error.errno or 0, None)
 
     def close(self) -> None:
         if self.closed:
             return
         self.closed = True
-        self._loop.remove_reader(self._control)
+        self._poller.unwatch(self._control.fileno())
         self._control.close()
         self._relay.close()
 
@@ -160,7 +163,7 @@ class AssociateLink:
     def _relay_failed(self, number: int, address: Address | None) -> None:
         self._fail(f"its relay cannot be reached: {os.strerror(number)}")
 
-    def _control_readable(self) -> None:
+    def _control_readable(self, mask: int) -> None:
         try:
             data = self._control.recv(4096)
         except (BlockingIOError, InterruptedError):

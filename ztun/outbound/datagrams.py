@@ -13,7 +13,7 @@ from ztun.outbound.batch import Run
 from ztun.outbound.errors import os_error, unreachable
 from ztun.outbound.tcp import family_of, is_literal
 from ztun.outbound.udp import Address, UdpSocket
-from ztun.ports import Buffer, DatagramHandler, Destination, OutboundError, SocketFactory, UnreachableHandler
+from ztun.ports import Buffer, DatagramHandler, Destination, OutboundError, Poller, SocketFactory, UnreachableHandler
 
 _MAX_TARGETS = 4096  # destinations remembered per link
 _MAX_WAITING = 16  # datagrams that wait for one name to be resolved
@@ -33,6 +33,7 @@ class DirectLink:
 
     def __init__(
         self,
+        poller: Poller,
         factory: SocketFactory,
         resolve: Resolve,
         on_datagram: DatagramHandler,
@@ -40,6 +41,7 @@ class DirectLink:
         drops: Counter[str],
     ) -> None:
         self.closed = False
+        self._poller = poller
         self._factory = factory
         self._resolve = resolve
         self._on_datagram = on_datagram
@@ -85,7 +87,7 @@ class DirectLink:
         raw = self._factory(family, socket.SOCK_DGRAM)
         if family == socket.AF_INET6:
             raw.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock = UdpSocket(raw, lambda run: self._received(sock, run), self._failed, self._drops)
+        sock = UdpSocket(self._poller, raw, lambda run: self._received(sock, run), self._failed, self._drops)
         self._sockets[family] = sock
         return sock
 

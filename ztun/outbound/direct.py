@@ -42,4 +42,4 @@ class DirectOutbound(BaseOutbound):
     async def _open_link(
         self, on_datagram: DatagramHandler, on_failure: FailureHandler, on_unreachable: UnreachableHandler | None
     ) -> Link:
-        return DirectLink(self.factory, self._resolve, on_datagram, on_unreachable, self.drops)
+        return DirectLink(self.poller, self.factory, self._resolve, on_datagram, on_unreachable, self.drops)

@@ -181,7 +181,7 @@ class Socks5Outbound(ProxyOutbound):
             host, port = await self._relay_address(control, dialogue.bound)
             relay = self.factory(tcp.family_of(host), socket.SOCK_DGRAM)
             relay.connect((host, port))
-            return AssociateLink(control, relay, on_datagram, on_failure, self.drops)
+            return AssociateLink(self.poller, control, relay, on_datagram, on_failure, self.drops)
         except BaseException as error:
             control.close()
             if relay is not None:

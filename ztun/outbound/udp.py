@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import socket
 import struct
@@ -11,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ztun.outbound.batch import BatchReader, PlainReader, Reader, Run, can_batch
-from ztun.ports import Buffer
+from ztun.ports import Buffer, Poller
 
 _ERRORS = 64  # errors a wake-up
 _MAX_SEGMENTS = 64  # UDP_MAX_SEGMENTS of linux/udp.h before 6.9
@@ -42,6 +41,7 @@ class UdpSocket:
 
     def __init__(
         self,
+        poller: Poller,
         sock: socket.socket,
         on_run: Callable[[Run], None],
         on_error: Callable[[int, Address | None], None],
@@ -50,7 +50,7 @@ class UdpSocket:
         connected: bool = False,
         head: int = 0,
     ) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._poller = poller
         self._sock = sock
         self._on_run = on_run
         self._on_error = on_error
@@ -63,7 +63,7 @@ class UdpSocket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
         if self._has_error_queue:
             sock.setsockopt(*_RECVERR[sock.family], 1)
-        self._loop.add_reader(sock, self._on_readable)
+        poller.watch_level(sock.fileno(), self._on_readable)
 
     def send(self, pieces: list[Any], address: Address | None) -> None:
         """Send one datagram given in pieces, or lose it when the socket is full or the datagram is too long.
@@ -118,7 +118,7 @@ class UdpSocket:
     def close(self) -> None:
         if not self.closed:
             self.closed = True
-            self._loop.remove_reader(self._sock)
+            self._poller.unwatch(self._sock.fileno())
             self._sock.close()
 
     def _send(self, pieces: list[Any], address: Address | None) -> None:
@@ -134,7 +134,7 @@ class UdpSocket:
                 raise
             self._drops["too long" if error.errno == errno.EMSGSIZE else "socket full"] += 1
 
-    def _on_readable(self) -> None:
+    def _on_readable(self, mask: int) -> None:
         for count in range(self.reader.calls):
             try:
                 runs = self.reader.receive()
@@ -157,9 +157,6 @@ class UdpSocket:
             if pending is not None:
                 self._on_error(pending.errno or 0, None)
             return 0
-        # A loop on libuv stops to poll a socket that showed an error, until it is added anew.
-        self._loop.remove_reader(self._sock)
-        self._loop.add_reader(self._sock, self._on_readable)
         for count in range(_ERRORS):
             if self.closed:
                 return count
