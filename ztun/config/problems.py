@@ -119,5 +119,5 @@ def translate(root: type[BaseModel], error: ErrorDetails) -> Problem:
 def _bound(context: Mapping[str, Any]) -> str:
     for key, words in (("gt", "more than"), ("ge", "at least"), ("lt", "less than"), ("le", "at most")):
         if key in context:
-            return f"{words} {context[key]:g}"
+            return f"{words} {context[key]:.15g}"
     return "in range"
