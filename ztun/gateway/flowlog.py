@@ -35,18 +35,22 @@ class FlowLog:
         seconds: float,
         how: str,
         name: str | None = None,
+        destinations: int | None = None,
     ) -> None:
-        """A flow that had been connected is over.
+        """A flow is over: a TCP flow that was connected, or given up by its client before; a UDP session.
 
         protocol: "tcp" or "udp"; client: its packed address; host, port: what was dialled, a name or an address
         literal; name: what the client asked DNS for, where that is known and `host` does not say it; rule: its place
-        in the file, or a negative id of ztun.ports; up, down: payload bytes from and to the client; how: it ended.
+        in the file, or a negative id of ztun.ports; up, down: payload bytes from and to the client; how: it ended;
+        destinations: of a UDP session, which can have many and names the first one.
         """
         log = self._log
         if not log.admit(_INFO, "flow ended"):
             return
         values = _describe(protocol, client, client_port, host, port, name, rule, outbound)
         values["up"], values["down"], values["seconds"], values["how"] = up, down, round(seconds, 3), how
+        if destinations is not None:
+            values["destinations"] = destinations
         log.admitted(_INFO, "flow ended", values)
 
     def refused(

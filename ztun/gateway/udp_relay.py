@@ -14,9 +14,10 @@ import structlog
 
 from ztun.gateway.engine import Engine
 from ztun.gateway.failures import UDP_ANSWER
+from ztun.gateway.flowlog import flow_log
 from ztun.gateway.limits import Limits
 from ztun.gateway.routing import NamePool, Router, UnmappedError, packed, text
-from ztun.ports import Buffer, DatagramLink, Destination, Outbound, OutboundError
+from ztun.ports import RULE_DEFAULT, Buffer, DatagramLink, Destination, Outbound, OutboundError
 from ztun.stack import Datagram, DatagramHeader, reverse
 from ztun.stack.sources import SourceCounts, source_of
 from ztun.wire.icmp import Reason
@@ -45,7 +46,12 @@ class UdpSession:
     def __init__(self, relay: UdpRelay, endpoint: tuple[bytes, bytes], outbound: Outbound, now: float) -> None:
         self.endpoint = endpoint
         self.outbound = outbound
+        self.started = now
         self.last_used = now
+        self.first: tuple[Destination, int] | None = None  # where the first datagram went, and by which rule
+        self.destinations = 0
+        self.up = 0  # bytes of payload from the client
+        self.down = 0
         self.fakes: set[bytes] = set()
         self.flows: dict[bytes, UdpFlow] = {}
         self._relay = relay
@@ -82,8 +88,10 @@ class UdpSession:
         self._waiting_bytes += len(payload)
         relay.waiting_bytes += len(payload)
 
-    def add(self, datagram: Datagram, destination: Destination) -> UdpFlow:
+    def add(self, datagram: Datagram, destination: Destination, rule: int) -> UdpFlow:
         """The first datagram to a destination; the reply to it will come from where the client sent it."""
+        self.first = self.first or (destination, rule)
+        self.destinations += 1
         flow = UdpFlow(self, destination, bytes(datagram.packet[:_QUOTE]))
         self._refused.discard(destination)
         if len(self.flows) < _MAX_FLOWS and self._relay.has_room_for_flow():
@@ -96,6 +104,7 @@ class UdpSession:
         """Send a run: datagrams of one size, of which the last may be shorter."""
         self.last_used = now
         self._relay.sent += len(payloads)
+        self.up += (len(payloads) - 1) * len(payloads[0]) + len(payloads[-1])
         if self._link is not None:
             self._forward(destination, payloads)
             return
@@ -119,6 +128,7 @@ class UdpSession:
             relay.engine.stack.drop("udp-reply-address")
             return
         self.last_used = relay.engine.now()
+        self.down += len(payload)
         relay.received += -(-len(payload) // size) if size else 1
         relay.engine.stack.send_udp_run(header, payload, size)
         relay.engine.send()  # now: who reads next writes over the payload
@@ -139,7 +149,7 @@ class UdpSession:
     def _failed(self, error: OutboundError) -> None:
         latest = next(reversed(self.flows.values()), None)
         self._relay.tell(self, latest.quote if latest else b"", error)
-        self._relay.forget(self)
+        self._relay.forget(self, error.failure.value)
 
     def refuse(self, key: bytes, sender: tuple[str, int]) -> bool:
         """The client has no socket for what comes from there: neither pass on more of it, nor remember whom to.
@@ -213,7 +223,7 @@ class UdpRelay:
         session = self._session(datagram, route.outbound, now)
         if session is None:
             return None
-        flow = session.add(datagram, route.destination)
+        flow = session.add(datagram, route.destination, route.rule)
         if datagram.key in session.flows:
             self.engine.stack.add_udp_flow(datagram.key, functools.partial(session.send, route.destination))
         if route.fake and datagram.destination not in session.fakes:
@@ -253,7 +263,7 @@ class UdpRelay:
         for tag in self._router.tags:
             session = self._sessions.get((key[:half], key[-4:-2], tag))
             if session is not None and session.refuse(key, sender) and not session.flows:
-                self.forget(session)
+                self.forget(session, "refused by client")
 
     def tell(self, session: UdpSession, quote: bytes, error: OutboundError) -> None:
         """Answer the client's datagram that begins with `quote` with what went wrong."""
@@ -262,7 +272,8 @@ class UdpRelay:
             self.engine.stack.send_unreachable(quote, UDP_ANSWER[error.failure], self.engine.now())
             self.engine.send()
 
-    def forget(self, session: UdpSession) -> None:
+    def forget(self, session: UdpSession, how: str) -> None:
+        """A session is over. how: it ended, for the log."""
         if self._sessions.pop((*session.endpoint, session.outbound.tag), None) is None:
             return
         session.close()
@@ -271,6 +282,25 @@ class UdpRelay:
             self.engine.stack.udp_flows.pop(key, None)
         for address in session.fakes:
             self._names.release(address)
+        self._log(session, how)
+
+    def _log(self, session: UdpSession, how: str) -> None:
+        address, port = session.endpoint
+        destination, rule = session.first or (Destination("", 0), RULE_DEFAULT)
+        flow_log.finished(
+            "udp",
+            address,
+            int.from_bytes(port, "big"),
+            destination.host,
+            destination.port,
+            rule,
+            session.outbound.tag,
+            session.up,
+            session.down,
+            self.engine.now() - session.started,
+            how,
+            destinations=session.destinations,
+        )
 
     def _sweep_later(self) -> None:
         if self._sweeper is None:
@@ -280,7 +310,7 @@ class UdpRelay:
         self._sweeper = None
         before = self.engine.now() - self._idle
         for session in [s for s in self._sessions.values() if s.last_used <= before]:
-            self.forget(session)
+            self.forget(session, "idle")
         if self._sessions:
             self._sweep_later()
 
@@ -288,4 +318,4 @@ class UdpRelay:
         if self._sweeper is not None:
             self._sweeper.cancel()
         for session in list(self._sessions.values()):
-            self.forget(session)
+            self.forget(session, "aborted")
