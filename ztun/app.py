@@ -287,6 +287,7 @@ class Instance:
             tcp_idle=settings.timeouts.tcp_idle,
             udp_idle=settings.timeouts.udp_idle,
             buffers=settings.pool.buffers,
+            keepalive_interval=round(settings.pool.keepalive_interval),
             limits=Limits(**settings.limits.model_dump()),
         )
 
@@ -334,7 +335,11 @@ class Instance:
         gateway = self._gateway.statistics() if self._gateway is not None else {}
         statistics = {**_NO_STATISTICS, **gateway}
         statistics["pool"] = {**statistics["pool"], **statistics.pop("buffers", {})}
-        statistics["outbounds"] = {tag: _describe_outbound(outbound) for tag, outbound in self._outbounds.items()}
+        active = self._gateway.active() if self._gateway is not None else {}
+        statistics["outbounds"] = {
+            tag: {**_describe_outbound(outbound), "active": active.get(tag, 0)}
+            for tag, outbound in self._outbounds.items()
+        }
         return {
             "state": self.state,
             "uptime_s": round(time.monotonic() - self._started, 3),

@@ -22,6 +22,7 @@ from ztun.ports import Dialling, Outbound, OutboundError, PacketDevice, Poller
 from ztun.stack import BufferPool, Closed, Connection, Datagram, DatagramHeader, Stack, StackSettings, reverse
 
 _MAX_DNS_TASKS = 512
+_YOUNG = 5.0  # seconds that a flow lives before its upstream connection is kept alive
 
 
 class Answerer(Protocol):
@@ -42,6 +43,7 @@ class GatewayOptions:
     tcp_idle: float = 7440.0
     udp_idle: float = 300.0
     buffers: int = 32
+    keepalive_interval: int = 75
     limits: Limits = field(default_factory=Limits)
 
 
@@ -83,9 +85,8 @@ class Flow:
             gateway.engine.poller.closing(sock.fileno())
             sock.close()
             return
-        now = gateway.engine.now()
         relay = self.relay = TcpRelay(gateway.engine, self.conn, sock, more, self.relay_closed)
-        self.conn.accept(relay, now)
+        self.conn.accept(relay, gateway.engine.now())
         gateway.engine.send()
 
     def failed(self, error: OutboundError) -> None:
@@ -123,8 +124,11 @@ class Gateway:
         self.engine = Engine(loop, poller, device, self._stack, self._buffers)
         self._router = Router(rules, names, outbounds, options.hijack_dns)
         self._udp = UdpRelay(self.engine, self._router, names, options.udp_idle, options.limits, self._hijacked)
+        self._keepalive_interval = options.keepalive_interval
         self._dns_tasks: set[asyncio.Task[None]] = set()
         self._flows: set[Flow] = set()
+        self._young: dict[Flow, float] = {}  # flows without keep-alive, the oldest first
+        self._look_at_young: asyncio.TimerHandle | None = None
         self._ended: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()
         self._echoes = 0
@@ -132,12 +136,15 @@ class Gateway:
     def start(self) -> None:
         """Begin to serve packets."""
         self.engine.start()
+        self._keep_alive()
 
     async def stop(self) -> None:
         """End every flow: clients and upstreams get a reset, as nobody is left to carry the rest."""
         for task in self._dns_tasks:
             task.cancel()
         await asyncio.gather(*self._dns_tasks, return_exceptions=True)
+        if self._look_at_young is not None:
+            self._look_at_young.cancel()
         now = self.engine.now()
         for conn in list(self._stack.connections.values()):
             conn.abort(now)
@@ -164,6 +171,7 @@ class Gateway:
             self._names.acquire(conn.destination)
         flow = conn.handler = Flow(self, conn, route, now)
         self._flows.add(flow)
+        self._young[flow] = now
         flow.dialling = route.outbound.dial(route.destination, flow.connected, flow.failed)
 
     def udp_received(self, datagram: Datagram, now: float) -> None:
@@ -183,6 +191,7 @@ class Gateway:
     def ended(self, flow: Flow, how: Closed, now: float) -> None:
         """Nothing is left of a flow. how: the client's side of it."""
         self._flows.discard(flow)
+        self._young.pop(flow, None)
         route, conn = flow.route, flow.conn
         if route.fake:
             self._names.release(conn.destination)
@@ -221,6 +230,17 @@ class Gateway:
             str(error),
         )
 
+    def _keep_alive(self) -> None:
+        """Four system calls that most flows do not live long enough to need."""
+        self._look_at_young = self._loop.call_later(_YOUNG, self._keep_alive)
+        before = self.engine.now() - _YOUNG
+        for flow, started in list(self._young.items()):
+            if started > before:
+                break
+            if flow.relay is not None:
+                flow.relay.keep_alive(self._keepalive_interval)
+                del self._young[flow]
+
     # DNS that clients sent elsewhere.
 
     async def _answer_over_tcp(self, query: bytes) -> bytes | None:
@@ -242,6 +262,11 @@ class Gateway:
             self.engine.send()
 
     # Statistics.
+
+    def active(self) -> Counter[str]:
+        """Outbound's tag -> connections through it that live."""
+        outbounds = (flow.route.outbound for flow in self._flows if flow.relay is not None)
+        return Counter(outbound.tag for outbound in outbounds if outbound is not None)
 
     def statistics(self) -> dict[str, Any]:
         """The part of `ztun status --json` that the gateway knows: tcp, udp, icmp, dns, buffers, device, drops."""

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 from ztun.ports import Destination, Outbound
 from ztun.rules import DNS, Decision, FlowInfo
 
+_MAX_KNOWN = 8192  # decisions that are kept; then all are made anew
 _MAX_LEARNED = 65536  # as many as bpf/shared.h keeps
 
 
@@ -49,6 +50,7 @@ class Router:
         self._outbounds = outbounds
         self._hijack_dns = hijack_dns
         self._learned: OrderedDict[bytes, int] = OrderedDict()
+        self._known: dict[tuple[object, ...], Route] = {}
 
     @property
     def tags(self) -> Iterable[str]:
@@ -72,12 +74,23 @@ class Router:
             name = self._names.name_of(address)
             if name is None:
                 raise UnmappedError
-        flow = FlowInfo(protocol, source, address, name, port)
-        rule = self._learned.get(address)
+        rule = self._learned.get(address) if self._learned else None
+        key = (protocol, source, address, port, name, rule)
+        route = self._known.get(key)
+        if route is None:
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            route = self._known[key] = self._decide(FlowInfo(protocol, source, address, name, port), rule)
+        return route
+
+    def _decide(self, flow: FlowInfo, rule: int | None) -> Route:
+        """The same for the same arguments, so that it is asked once."""
         decision = self._rules.decide(flow) if rule is None else self._rules.decide_learned(flow, rule)
         if decision.outbound == DNS:
-            return Route(None, Destination("", port), decision.rule, fake)
-        return Route(self._outbounds[decision.outbound], Destination(name or text(address), port), decision.rule, fake)
+            return Route(None, Destination("", flow.port), decision.rule, flow.name is not None)
+        assert flow.address is not None
+        destination = Destination(flow.name or text(flow.address), flow.port)
+        return Route(self._outbounds[decision.outbound], destination, decision.rule, flow.name is not None)
 
 
 def text(address: bytes) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections import deque
 from collections.abc import Callable
 
 from ztun.gateway.engine import Engine
+from ztun.outbound.tcp import keep_alive
 from ztun.ports import ENDED, READABLE, WRITABLE
 from ztun.stack import Closed, Connection
 
@@ -125,18 +127,19 @@ class TcpRelay:
 
     def ready(self, mask: int) -> None:
         """A poller's handler."""
-        if not mask & READABLE and mask & WRITABLE and not self._pending and not mask & ENDED:
-            return
         now = self._engine.now()
         if mask & ENDED:
             self._ended = True
         if self._pending and mask & _MAY_WRITE:
             self._flush(now)
-        if mask & _MAY_READ or not mask:
+        if (mask & _MAY_READ or not mask) and not self._upstream_done:
             self._readable = True
-            if not self._upstream_done:
-                self._pump(now)
+            self._pump(now)
         self._engine.send()
+
+    def keep_alive(self, interval: int) -> None:
+        """Have the kernel probe a silent upstream; interval: seconds."""
+        keep_alive(self._sock, interval)
 
     def _pump(self, now: float) -> None:
         """Read as much as the client can take, and send it."""
@@ -157,16 +160,27 @@ class TcpRelay:
             if not count:
                 self._upstream_finished(now)
                 return
+            more = self._ended or count == room
+            last = more and count < room and self._is_at_end()
             if count < _COPY_BELOW:
-                conn.send(memoryview(bytes(buffer[:count])), now)
+                conn.send(memoryview(bytes(buffer[:count])), now, None, last)
             else:
                 engine.scratch = engine.pool.get()
-                conn.send(buffer[:count], now, buffer)
-            if count < room and not self._ended:
+                conn.send(buffer[:count], now, buffer, last)
+            if last:
+                self._upstream_done = True
+            if last or not more:
                 self._readable = False  # there is no more, and what comes is news
                 return
         if not conn.is_closed:
             engine.poller.again(self.ready)
+
+    def _is_at_end(self) -> bool:
+        """The last bytes carry the FIN: a segment less for us, and an ACK less for the client."""
+        try:
+            return not self._sock.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return False
 
     def _flush(self, now: float) -> None:
         """Send what waits for the upstream, until the socket is full: only then will there be news of room."""
@@ -239,5 +253,5 @@ class TcpRelay:
         self._readable = False
         self._pending = _NOTHING
         self._engine.poller.closing(self._fd)
-        self._sock.close()
+        os.close(self._sock.detach())  # as Socket.close() does behind three more calls
         self._on_closed(self)

@@ -136,10 +136,10 @@ class Connection(Segments):
             self.stack.send_unreachable(self.syn, reason, now)
             self._finish(Closed.UNREACHABLE, now)
 
-    def send(self, data: memoryview, now: float, owner: memoryview | None = None) -> None:
+    def send(self, data: memoryview, now: float, owner: memoryview | None = None, last: bool = False) -> None:
         """Send bytes. owner: the pool's buffer that `data` lies in; it goes back to the pool once acknowledged.
 
-        Without effect when our side is closed.
+        last: `shutdown` follows, so that the FIN can share the last segment. Without effect when our side is closed.
         """
         if self.state is not State.ESTABLISHED and self.state is not State.CLOSE_WAIT:
             if owner is not None:
@@ -147,6 +147,9 @@ class Connection(Segments):
             return
         self.sent += len(data)
         self.last_data = now
+        if last:
+            self.state = State.FIN_WAIT_1 if self.state is State.ESTABLISHED else State.LAST_ACK
+            self.tx.fin_queued = True
         self.tx.push(data, owner, now)
 
     def consumed(self, count: int, now: float) -> None:
@@ -321,6 +324,8 @@ class Connection(Segments):
             sack = tuple((unwrap(left, una), unwrap(right, una)) for left, right in options.sack)
         if ack > una:
             self.last_data = now
+            if tx.loss is not None and self.timestamps:
+                tx.loss.echo = options.timestamps[1] if options.timestamps is not None else None
             if tx.rtt.backed_off and options.timestamps is not None and self.timestamps:
                 self._measure(options.timestamps[1], now)
         if ack > una or tx.flight() or before != tx.wnd:
@@ -338,7 +343,7 @@ class Connection(Segments):
         It is no better than the time-out, though: when the answer was lost, the wait for a second one is part of it.
         """
         rtt = self.tx.rtt
-        elapsed = (self._stamp(now) - echo) & MASK
+        elapsed = (self.stamp(now) - echo) & MASK
         if elapsed < 60_000:
             rtt.restore()
             rtt.sample(min(elapsed / 1000, rtt.rto))
@@ -464,7 +469,7 @@ class Connection(Segments):
                 mss=self._own_mss(),
                 window_scale=self.rx.scale if self._scaled else None,
                 sack_permitted=self.sack_permitted,
-                timestamps=(self._stamp(now), self.stamp_recent) if self.timestamps else None,
+                timestamps=(self.stamp(now), self.stamp_recent) if self.timestamps else None,
             )
         )
         window = min(self.rx.window(), 0xFFFF)
