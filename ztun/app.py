@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import ipaddress
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -32,9 +33,11 @@ from ztun.lifecycle import StopRequest, Undo, unless
 from ztun.log.system import log_system
 from ztun.names.pool import FakeIpPool
 from ztun.names.store import SqliteNameStore
+from ztun.network import NetworkKeeper, Parts
 from ztun.outbound import OutboundSpec, Tools, make_outbounds
-from ztun.ports import Classifier, Outbound, PacketDevice, Routes, Verdict
-from ztun.rules import Network, Rules, Surroundings, compile_prefixes, make_surroundings
+from ztun.placement import Listening, Placement
+from ztun.ports import Classifier, NetworkMonitor, Outbound, PacketDevice, Routes, Verdict
+from ztun.rules import Network, Rules
 
 log = structlog.get_logger("ztun.app")
 
@@ -52,6 +55,7 @@ _NO_STATISTICS: dict[str, Any] = {
     "pool": {},
     "outbounds": {},
     "drops": {},
+    "network": {"state": "up", "egress": [], "lan": [], "events": {}},
 }
 
 
@@ -98,26 +102,33 @@ class Instance:
         self._undo = undo
         self._started = time.monotonic()
         self._loop = asyncio.get_running_loop()
+        self._sockets = platform.make_socket_factory(MARK)
         self._classifier: Classifier | None = None
         self._routes: Routes | None = None
         self._gateway: Gateway | None = None
         self._outbounds: dict[str, Outbound] = {}
         self._names: FakeIpPool | None = None
         self._countries: dict[str, list[Network]] = {}
+        self._keeper: NetworkKeeper | None = None
+        self._placement: Placement | None = None
+        self._listening: Listening | None = None
+        self._dns: DnsService | None = None
         self._listen: list[str] = []
         self._servers: list[str] = []
-        self._prefixes = 0
         self._notes: list[str] = []
 
     async def start(self) -> bool:
         """Make and join everything, capturing last. Raises ConfigError or ZtunError. Returns True."""
         await self._claim()
+        monitor = platform.make_monitor(MARK)  # before anything is read that it would tell of
+        self._undo.push("the network monitor", monitor.close)
         addresses = [machine.InterfaceAddress(*found) for found in platform.interface_addresses()]
         await self._check(addresses)
-        rules = await self._make_rules(addresses)
-        await self._make_parts(rules, addresses)
+        self._placement = await self._make_placement(addresses)
+        await self._make_parts(self._placement, addresses)
         await asyncio.sleep(0)
         self._capture()
+        self._keep_up(monitor)
         self.state = "running"
         return True
 
@@ -132,11 +143,14 @@ class Instance:
 
     async def _check(self, addresses: list[machine.InterfaceAddress]) -> None:
         settings = self.settings
-        machine.require_interfaces(settings.capture.lan)
+        absent = machine.absent_interfaces(settings.capture.lan)
+        for name in absent:
+            log.warning("no interface of this name, waiting for it", interface=name)
+            self._notes.append(f"no interface {name} yet: waiting for it")
         own = [entry.ip for entry in addresses]
         if "listen" in settings.dns.model_fields_set:
-            self._listen = list(settings.dns.listen)
-            await machine.check_listen(self._listen, [*own, *self._tun_addresses()])
+            own += self._tun_addresses()
+            self._listen = await machine.check_listen(settings.dns.listen, own, waiting=bool(absent))
             return
         self._listen, taken = await machine.default_listen(settings.capture.lan, addresses)
         for problem in taken:
@@ -147,12 +161,7 @@ class Instance:
         tun = self.settings.tun
         return [interface.ip for interface in (tun.address, tun.address6) if interface is not None]
 
-    def _surroundings(self, addresses: list[machine.InterfaceAddress]) -> Surroundings:
-        fake = self.settings.dns.fake_ip
-        ranges = [network for network in (fake.range, fake.range6) if network is not None]
-        return make_surroundings([(entry.address, entry.length) for entry in addresses], ranges)
-
-    async def _make_rules(self, addresses: list[machine.InterfaceAddress]) -> Rules:
+    async def _make_placement(self, addresses: list[machine.InterfaceAddress]) -> Placement:
         country = None
         path = self.settings.route.geoip_database
         if path is not None:
@@ -162,18 +171,23 @@ class Instance:
             codes = {code for rule in self.settings.route.rules for code in rule.geoip}
             if codes:
                 self._countries = await asyncio.to_thread(database.networks_of, codes)
-        return to_rules(self.settings, country).placed_in(self._surroundings(addresses))
+        fake = self.settings.dns.fake_ip
+        ranges = [network for network in (fake.range, fake.range6) if network is not None]
+        placement = Placement(to_rules(self.settings, country), ranges, self._countries.__getitem__)
+        placement.place(addresses)
+        return placement
 
     def _sweep(self) -> None:
         for line in platform.sweep(self.settings.tun.name):
             log.warning("removed what an earlier instance left behind", what=line)
             self._notes.append(f"removed left-over: {line}")
 
-    async def _make_parts(self, rules: Rules, addresses: list[machine.InterfaceAddress]) -> None:
+    async def _make_parts(self, placement: Placement, addresses: list[machine.InterfaceAddress]) -> None:
         device = self._make_device()
-        await self._make_classifier(device, rules, addresses)
+        rules = placement.rules
+        await self._make_classifier(device, placement, addresses)
         names = self._make_names()
-        sockets = platform.make_socket_factory(MARK)
+        sockets = self._sockets
         self._servers = self._choose_servers(addresses)
         options = DnsOptions(fake_ttl=self.settings.dns.fake_ip.ttl)
         dns = DnsService(rules, names, self._servers, sockets, self._learner(rules), options)
@@ -196,7 +210,10 @@ class Instance:
         self._undo.push("the log of drops", drops.stop)
         drops.start()
         self._undo.push("the DNS service", dns.close)
-        await dns.start(self._listen)
+        self._dns = dns
+        wanted = list(self.settings.dns.listen) if "listen" in self.settings.dns.model_fields_set else None
+        self._listening = Listening(wanted, self.settings.capture.lan, dns.start)
+        await self._listening.begin(self._listen)
 
     def _make_device(self) -> PacketDevice:
         tun, fake = self.settings.tun, self.settings.dns.fake_ip
@@ -216,7 +233,7 @@ class Instance:
         return device
 
     async def _make_classifier(
-        self, device: PacketDevice, rules: Rules, addresses: list[machine.InterfaceAddress]
+        self, device: PacketDevice, placement: Placement, addresses: list[machine.InterfaceAddress]
     ) -> None:
         capture = self.settings.capture
         classifier: Classifier = await platform.make_classifier(
@@ -232,12 +249,7 @@ class Instance:
         self._undo.push("the classifier", self._close_classifier)
         if classifier.fallback_reason is not None:
             self._notes.append(f"{classifier.backend} instead of the first choice: {classifier.fallback_reason}")
-        around = rules.surroundings
-        prefixes = compile_prefixes(
-            rules, around.builtin_direct, around.own_networks, around.fake_ranges, self._countries.__getitem__
-        )
-        classifier.replace_rules(prefixes)
-        self._prefixes = len(prefixes)
+        await placement.install(classifier)
 
     def _close_classifier(self) -> None:
         classifier, self._classifier = self._classifier, None  # ends the heartbeat as well
@@ -269,7 +281,7 @@ class Instance:
         ]
         tools = Tools(
             platform.poller_of(self._loop),
-            platform.make_socket_factory(MARK),
+            self._sockets,
             dns.resolve,
             self.settings.timeouts.dial,
             round(self.settings.pool.keepalive_interval),
@@ -313,6 +325,49 @@ class Instance:
         self._beat()
         self._classifier.attach()
 
+    def _keep_up(self, monitor: NetworkMonitor) -> None:
+        """Follow the network from now on."""
+        assert self._classifier is not None
+        assert self._routes is not None
+        assert self._gateway is not None
+        parts = Parts(
+            device=self.settings.tun.name,
+            lan=self.settings.capture.lan,
+            classifier=self._classifier,
+            routes=self._routes,
+            gateway=self._gateway,
+            sockets=self._sockets,
+            servers=self._server_addresses,
+            moved=self._moved,
+            changed=self._way_changed,
+        )
+        self._keeper = NetworkKeeper(monitor, parts)
+        task = self._loop.create_task(self._keeper.run())
+        self._undo.push("following the network", lambda: _cancelled(task))
+
+    def _server_addresses(self) -> dict[str, list[str]]:
+        """Outbound -> the addresses of its proxy; none for one that is given by name."""
+        found = {}
+        for outbound in self.settings.outbounds:
+            found[outbound.tag] = [outbound.host] if _is_address(outbound.host) else []
+        return found
+
+    async def _moved(self, found: Sequence[tuple[str, bytes, int]]) -> None:
+        """This host has other addresses."""
+        assert self._placement is not None
+        assert self._gateway is not None
+        addresses = [machine.InterfaceAddress(*each) for each in found]
+        if self._listening is not None:
+            await self._listening.follow(addresses)
+        self._placement.place(addresses)
+        if self._classifier is not None and not self._placement.is_installed:
+            await self._placement.install(self._classifier, [self._gateway])
+
+    def _way_changed(self) -> None:
+        """What did not answer may do so now."""
+        if self._dns is not None:
+            self._dns.forgive()
+
     def _beat(self) -> None:
         """Tell the classifier that we live; from the loop, so that a loop that hangs does not say so."""
         if self._classifier is None:
@@ -348,6 +403,7 @@ class Instance:
             **self._describe_backend(),
             **statistics,
             "log": log_system.statistics(),
+            **({"network": self._keeper.describe()} if self._keeper is not None else {}),
         }
 
     def routes(self) -> dict[str, Any]:
@@ -371,6 +427,7 @@ class Instance:
     def summary(self) -> dict[str, Any]:
         """What was done: the body of `ztun up --json`."""
         assert self._classifier is not None
+        assert self._placement is not None
         settings = self.settings
         tag = settings.route.default
         default = next((outbound for outbound in settings.outbounds if outbound.tag == tag), None)
@@ -390,7 +447,7 @@ class Instance:
                 "type": default.type if default else tag,
                 "server": default.server if default else None,
             },
-            "rules": {"rules": len(settings.route.rules), "prefixes": self._prefixes},
+            "rules": {"rules": len(settings.route.rules), "prefixes": self._placement.prefixes},
             "control": str(settings.control.socket),
             "notes": list(self._notes),
         }
@@ -399,6 +456,19 @@ class Instance:
 def _describe_outbound(outbound: Outbound) -> dict[str, Any]:
     statistics = getattr(outbound, "statistics", None)
     return statistics() if statistics is not None else {"type": outbound.type}
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait({task})
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -64,13 +64,10 @@ def require_supported(settings: Settings) -> None:
         raise ConfigError("capture.host: this host's own traffic cannot be captured yet; set it to false")
 
 
-def require_interfaces(names: Sequence[str]) -> None:
-    """Raises ConfigError naming the first of capture.lan that does not exist."""
-    present = [name for _, name in socket.if_nameindex()]
-    for index, name in enumerate(names):
-        if name not in present:
-            known = ", ".join(present)
-            raise ConfigError(f"capture.lan[{index}]: there is no interface {name!r} on this machine (it has {known})")
+def absent_interfaces(names: Sequence[str]) -> list[str]:
+    """Those of capture.lan that do not exist (yet)."""
+    present = {name for _, name in socket.if_nameindex()}
+    return [name for name in names if name not in present]
 
 
 def parse_endpoint(text: str) -> tuple[IpAddress, int]:
@@ -89,19 +86,25 @@ def format_endpoint(address: IpAddress, port: int) -> str:
     return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
 
 
-async def check_listen(listen: Sequence[str], own: Collection[IpAddress]) -> None:
-    """Every address of dns.listen is ours and its port is free, or an error names the entry.
+async def check_listen(listen: Sequence[str], own: Collection[IpAddress], *, waiting: bool = False) -> list[str]:
+    """Every address of dns.listen is ours and its port is free, or an error names the entry. Returns the entries.
 
+    waiting: for interfaces to appear; entries whose address is on none are left out then.
     Raises ConfigError for an address that is on no interface, ZtunError for a port that another program holds.
     """
+    usable = []
     for index, text in enumerate(listen):
         key = f"dns.listen[{index}]"
         address, port = parse_endpoint(text)
         if not (address.is_unspecified or address.is_loopback or address in own):
+            if waiting:
+                continue
             raise ConfigError(f"{key}: {address} is not an address of any interface of this machine; {_advice(own)}")
         problem = await probe(address, port)
         if problem:
             raise ZtunError(f"{key}: cannot listen on {text}: {problem}; stop that program or choose another address")
+        usable.append(text)
+    return usable
 
 
 def _advice(own: Iterable[IpAddress]) -> str:

@@ -6,7 +6,7 @@ Addresses cross the seams as packed bytes in network order: 4 bytes for IPv4, 16
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -80,8 +80,24 @@ class Classifier(Protocol):
         """Give one address its own verdict, ahead of the prefixes: the real address of a name that a rule decided."""
         ...
 
+    def replace_own_addresses(self, addresses: Iterable[bytes]) -> None:
+        """Tell which packed addresses are this host's: never captured, not even their port 53."""
+        ...
+
     def attach(self) -> None:
-        """Start to capture. Idempotent; the last step of starting up."""
+        """Start to capture on those of the LAN interfaces that are there; the last step of starting up.
+
+        Called again when the interfaces changed: captures on new ones, lets go of those that went or were renamed.
+        Raises ZtunError the first time only, with nothing attached; later, `captured` tells what failed.
+        """
+        ...
+
+    def captured(self) -> Mapping[str, str]:
+        """LAN interface -> "captured", "absent", or why its packets cannot be had."""
+        ...
+
+    def reinstall(self) -> None:
+        """The TUN was down or is another one: put back what the kernel removed with it. Raises ZtunError."""
         ...
 
     def heartbeat(self) -> None:
@@ -106,6 +122,10 @@ class Routes(Protocol):
 
     def up(self) -> None: ...
 
+    def restore(self) -> None:
+        """Put back what somebody took from the TUN: its link up, addresses, routes. Raises ZtunError."""
+        ...
+
     def down(self) -> None: ...
 
     def snapshot(self) -> dict[str, Any]:
@@ -121,8 +141,67 @@ class NetworkEvent(NamedTuple):
     up: bool
 
 
+class Link(NamedTuple):
+    """An interface. enabled: somebody set it up; up: it is, and has a carrier as far as it can tell (RFC 2863)."""
+
+    name: str
+    ifindex: int
+    enabled: bool
+    up: bool
+
+
+class Path(NamedTuple):
+    """How ztun's own packets leave for some destination. up: of the interface; addresses are text, without a scope."""
+
+    ifname: str
+    source: str
+    gateway: str | None
+    up: bool
+
+
+class NetworkState(NamedTuple):
+    """What a host's network looks like.
+
+    links: by name; addresses: (interface name, packed address, prefix length in bits); paths: the way to each address
+    that is watched, None where there is none.
+    """
+
+    links: Mapping[str, Link]
+    addresses: Sequence[tuple[str, bytes, int]]
+    paths: Mapping[str, Path | None]
+
+
 class NetworkMonitor(Protocol):
-    def events(self) -> AsyncIterator[NetworkEvent]: ...
+    """Tells when the network around us changed, and what it is like then. Nothing is polled for."""
+
+    @property
+    def state(self) -> NetworkState:
+        """As it was when it was read last: by `read`, and before each burst of events."""
+        ...
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What the kernel told: "link", "address", "route" messages; "overflows" of what it could not tell."""
+        ...
+
+    def watch(self, destinations: Callable[[], Iterable[str]]) -> None:
+        """From the next reading on, `state.paths` has the ways to the address literals that are asked for then."""
+        ...
+
+    async def read(self) -> NetworkState:
+        """Read everything anew. Raises OSError when the kernel does not answer."""
+        ...
+
+    def events(self) -> AsyncIterator[Sequence[NetworkEvent]]:
+        """What changed, a settled burst at a time. A link that went and came back within one is told both ways."""
+        ...
+
+    async def reset_stranded(self, before: NetworkState, former: Collection[str]) -> int:
+        """Reset those of ztun's TCP connections that cannot go on: see docs/network-changes.md. Returns how many.
+
+        before: what the network was like; former: the interfaces by which packets left until now.
+        """
+        ...
 
     def close(self) -> None: ...
 
@@ -270,7 +349,11 @@ class Poller(Protocol):
 
 
 class SocketFactory(Protocol):
-    """Makes ztun's own sockets: non-blocking and marked (SO_MARK, or IP_BOUND_IF) so that they are never captured."""
+    """Makes ztun's own sockets: non-blocking and marked (SO_MARK, or IP_BOUND_IF) so that they are never captured.
+
+    One that has an attribute `dead`, a set of address literals, says by it that sockets which the kernel gave one of
+    these addresses lead nowhere: their link has no carrier.
+    """
 
     def __call__(self, family: int, type: int) -> socket: ...
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 from lan_world import CLIENT4, EVERYTHING, FAR4, SERVER4, TUN, World, make_classifier, packed, prefix, read_packet
 
-from ztun.errors import ConfigError, ZtunError
+from ztun.errors import ZtunError
 from ztun.lab.namespace import wait_until
 from ztun.lab.snapshot import differences, snapshot
 from ztun.platform.linux import make_routes, open_device, sweep
@@ -153,18 +153,6 @@ def test_a_qdisc_that_somebody_began_to_use_stays(world: World) -> None:
         world.gateway.run("tc", "filter", "add", "dev", "lan0", "egress", "prio", "5", "u32", "match", "u32", "0", "0")
     assert "clsact" in world.gateway.run("tc", "qdisc", "show", "dev", "lan0").stdout
     assert "bpf" not in world.gateway.run("tc", "filter", "show", "dev", "lan0", "ingress").stdout
-
-
-def test_attaching_to_a_missing_interface_attaches_nothing(world: World, backend: str) -> None:
-    before = snapshot(world.gateway)
-    device = open_device(TUN, 1500)
-    classifier = make_classifier(backend, TUN, ["lan0", "lan7"], mark=1, hijack_dns=True, fail="open", own_addresses=[])
-    with pytest.raises(ConfigError, match=r"capture\.lan: there is no interface lan7; there are .*lan0"):
-        classifier.attach()
-    assert classifier.snapshot()["programs"] == []
-    classifier.close()
-    device.close()
-    assert differences(before, snapshot(world.gateway)) == []
 
 
 def test_a_second_gateway_with_the_same_name_is_refused_and_changes_nothing(world: World) -> None:

@@ -20,6 +20,8 @@ def show_status(status: Mapping[str, Any]) -> None:
     if status.get("fallback_reason"):
         line = f"captures by {status['backend']} instead of the first choice: {status['fallback_reason']}"
         console.print(line, style="yellow", soft_wrap=True)
+    if status.get("network"):
+        console.print(_network_line(status["network"]), soft_wrap=True)
     for name in _SECTIONS:
         section = status.get(name)
         if section:
@@ -41,6 +43,18 @@ def _first_line(status: Mapping[str, Any]) -> Text:
         parts.append(f" for {say_duration(status['uptime_s'])}")
     if "pid" in status:
         parts.append(f", pid {status['pid']}")
+    return Text.assemble(*parts)
+
+
+def _network_line(network: Mapping[str, Any]) -> Text:
+    """`network up, out by wan0 192.0.2.2, LAN lan0 up`: every way and every interface once."""
+    is_up = network.get("state") == "up"
+    ways = dict.fromkeys(f"{way['interface']} {way['address']}" for way in network.get("egress", ()))
+    lan = [f"{each['name']} {each['state']}" for each in network.get("lan", ())]
+    parts: list[Any] = ["network ", (str(network.get("state")), "green" if is_up else "bold red")]
+    parts.append(f", out by {', '.join(ways)}" if ways else ", no way out")
+    if lan:
+        parts.append(f", LAN {', '.join(lan)}")
     return Text.assemble(*parts)
 
 

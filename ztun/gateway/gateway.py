@@ -18,8 +18,11 @@ from ztun.gateway.limits import Limits
 from ztun.gateway.routing import Decider, NamePool, Route, Router, UnmappedError
 from ztun.gateway.tcp_relay import TcpRelay
 from ztun.gateway.udp_relay import UdpRelay
-from ztun.ports import Dialling, Outbound, OutboundError, PacketDevice, Poller
+from ztun.ports import Dialling, Failure, Outbound, OutboundError, PacketDevice, Poller
+from ztun.rules import DIRECT
 from ztun.stack import BufferPool, Closed, Connection, Datagram, DatagramHeader, Stack, StackSettings, reverse
+from ztun.stack.state import State
+from ztun.wire.icmp import Reason
 
 _MAX_DNS_TASKS = 512
 _YOUNG = 5.0  # seconds that a flow lives before its upstream connection is kept alive
@@ -132,6 +135,7 @@ class Gateway:
         self._ended: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()
         self._echoes = 0
+        self._paused: str | None = None
 
     def start(self) -> None:
         """Begin to serve packets."""
@@ -155,6 +159,29 @@ class Gateway:
         """A name that `rule` sends direct has this real address, but some flows to it are to be decided here."""
         self._router.remember(address, rule)
 
+    def replace_rules(self, rules: Decider) -> None:
+        """Decide about new flows by these; those that are under way stay where they are."""
+        self._router.replace_rules(rules)
+
+    def pause(self, reason: str) -> None:
+        """There is no way out: end what waits for one, and refuse what would need one, at once and not when it is due.
+
+        Connections that are established stay, as theirs may come back. Flows of the outbound `direct` are tried: their
+        destination may be near.
+        """
+        self._paused = reason
+        now = self.engine.now()
+        for conn in list(self._stack.connections.values()):
+            if conn.state is State.DIALING:
+                conn.refuse(now, Reason.NETWORK)
+        self._udp.pause(OutboundError(Failure.NETWORK_UNREACHABLE, reason))
+        self.engine.send()
+
+    def resume(self) -> None:
+        """There is a way out again."""
+        self._paused = None
+        self._udp.resume()
+
     # The stack's Listener.
 
     def tcp_incoming(self, conn: Connection, now: float) -> None:
@@ -166,6 +193,10 @@ class Gateway:
             return
         if route.outbound is None:
             conn.accept(DnsStream(self.engine, conn, self._answer_over_tcp, lambda _: None), now)
+            return
+        if self._paused is not None and route.outbound.type != DIRECT:
+            self._failures[Failure.NETWORK_UNREACHABLE.value] += 1
+            conn.refuse(now, Reason.NETWORK)
             return
         if route.fake:
             self._names.acquire(conn.destination)
@@ -277,7 +308,6 @@ class Gateway:
                 "half_open": stack.half_open,
                 "total": stack.opened,
                 "packets": stack.received["tcp"],
-                "families": _families(stack, "tcp"),
                 "ended": dict(self._ended),
                 "failed": dict(self._failures),
             },
@@ -285,15 +315,10 @@ class Gateway:
                 "active": len(self._udp),
                 "total": self._udp.total,
                 "packets": stack.received["udp"],
-                "families": _families(stack, "udp"),
                 "sent": self._udp.sent,
                 "received": self._udp.received,
             },
-            "icmp": {
-                "packets": stack.received["icmp"],
-                "families": _families(stack, "icmp"),
-                "echoes": self._echoes,
-            },
+            "icmp": {"packets": stack.received["icmp"], "echoes": self._echoes},
             "dns": dict(self._dns.counters),
             "buffers": {
                 "allocated": self._buffers.allocated,
@@ -304,8 +329,3 @@ class Gateway:
             "device": {"read": self.engine.read, "written": self.engine.written, "refused": self.engine.refused},
             "drops": dict(stack.drops),
         }
-
-
-def _families(stack: Stack, protocol: str) -> dict[str, int]:
-    """Packets received, by IP version."""
-    return {"ipv4": stack.received[protocol] - stack.received6[protocol], "ipv6": stack.received6[protocol]}

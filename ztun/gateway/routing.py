@@ -64,6 +64,10 @@ class Router:
         if len(self._learned) > _MAX_LEARNED:
             self._learned.popitem(last=False)
 
+    def replace_rules(self, rules: Decider) -> None:
+        """Decide about new flows by these."""
+        self._rules = rules
+
     def route(self, protocol: str, source: bytes, address: bytes, port: int) -> Route:
         """Decide about a new flow. Addresses are packed. Raises UnmappedError."""
         if port == 53 and self._hijack_dns:

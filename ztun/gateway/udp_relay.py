@@ -18,6 +18,7 @@ from ztun.gateway.flowlog import flow_log
 from ztun.gateway.limits import Limits
 from ztun.gateway.routing import NamePool, Router, UnmappedError, packed, text
 from ztun.ports import RULE_DEFAULT, Buffer, DatagramLink, Destination, Outbound, OutboundError
+from ztun.rules import DIRECT
 from ztun.stack import Datagram, DatagramHeader, reverse
 from ztun.stack.sources import SourceCounts, source_of
 from ztun.wire.icmp import Reason
@@ -199,6 +200,7 @@ class UdpRelay:
         self._on_dns = on_dns
         self._sessions: dict[tuple[bytes, bytes, str], UdpSession] = {}
         self._sweeper: asyncio.TimerHandle | None = None
+        self._paused = False
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -220,6 +222,9 @@ class UdpRelay:
         if route.outbound is None:
             self._on_dns(datagram)
             return None
+        if self._paused and route.outbound.type != DIRECT:
+            self.engine.stack.send_unreachable(datagram.packet, Reason.NETWORK, now)
+            return None
         session = self._session(datagram, route.outbound, now)
         if session is None:
             return None
@@ -230,6 +235,15 @@ class UdpRelay:
             session.fakes.add(datagram.destination)
             self._names.acquire(datagram.destination)
         return flow
+
+    def pause(self, error: OutboundError) -> None:
+        """No way out: end the sessions, telling their clients `error`, and refuse new ones except to `direct`."""
+        self._paused = True
+        for session in list(self._sessions.values()):
+            session._failed(error)
+
+    def resume(self) -> None:
+        self._paused = False
 
     def _session(self, datagram: Datagram, outbound: Outbound, now: float) -> UdpSession | None:
         endpoint = (datagram.source, datagram.key[-4:-2])

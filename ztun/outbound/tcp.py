@@ -52,6 +52,12 @@ def keep_alive(sock: socket.socket, interval: int) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
+def _leads_nowhere(factory: SocketFactory, sock: socket.socket) -> bool:
+    """Whether the link that the kernel chose for `sock` has no carrier: nobody would ever say so."""
+    dead: frozenset[str] = getattr(factory, "dead", frozenset())
+    return bool(dead) and sock.getsockname()[0] in dead
+
+
 def begin(factory: SocketFactory, address: str, port: int) -> tuple[socket.socket, int]:
     """Begin to connect to a literal address. Returns the socket and what `progress` would say of it now.
 
@@ -65,26 +71,27 @@ def begin(factory: SocketFactory, address: str, port: int) -> tuple[socket.socke
             # On a path without delay the answer came within connect(2). If it was an ICMP error of a router on this
             # very machine, the kernel noted it and wakes nobody before the SYN is sent again, a second later.
             number = sock.connect_ex((address, port))
-            if number == errno.EALREADY:
-                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or number
     except OSError:
         sock.close()
         raise
+    if number == errno.EALREADY and _leads_nowhere(factory, sock):
+        number = errno.ENETDOWN
     return sock, 0 if number in _ESTABLISHED else number
 
 
 def progress(sock: socket.socket, address: str, port: int) -> int:
     """0 once `sock` is connected, EALREADY while it is being connected, else the errno of its failure."""
     number = sock.connect_ex((address, port))
+    if number == errno.EINPROGRESS:
+        return errno.ENETDOWN  # it began anew: the network monitor had reset it
     return 0 if number in _ESTABLISHED else number
 
 
 class Race:
     """Connection attempts of which the first to be established wins; the others are closed.
 
-    won(sock, mask): a connected socket that `poller` watches, to be handed over, and the event that told of it (0 where
-    none did); lost(error): the most telling one, when all failed. There is no deadline here. Either may be called from
-    within `start`.
+    won(sock): a connected socket that `poller` watches, to be handed over; lost(error): the most telling one, when all
+    failed. There is no deadline here. Either may be called from within `start`.
     """
 
     def __init__(
@@ -93,7 +100,7 @@ class Race:
         factory: SocketFactory,
         addresses: Sequence[str],
         port: int,
-        won: Callable[[socket.socket, int], None],
+        won: Callable[[socket.socket], None],
         lost: Callable[[OSError], None],
         delay: float = ATTEMPT_DELAY,
     ) -> None:
@@ -145,17 +152,17 @@ class Race:
             return False
         self._pending[sock] = address
         try:
-            self._poller.watch(sock.fileno(), lambda mask: self._look(sock, mask), writing=True)
+            self._poller.watch(sock.fileno(), lambda _mask: self._look(sock), writing=True)
         except OSError as error:
             del self._pending[sock]
             sock.close()
             self._errors.append(error)
             return False
         if number == 0:
-            self._win(sock, 0)
+            self._win(sock)
         return True
 
-    def _look(self, sock: socket.socket, mask: int) -> None:
+    def _look(self, sock: socket.socket) -> None:
         address = self._pending.get(sock)
         if address is None:
             return  # an event of a descriptor that had this number before
@@ -163,7 +170,7 @@ class Race:
         if number == errno.EALREADY:
             return
         if number == 0:
-            self._win(sock, mask)
+            self._win(sock)
             return
         del self._pending[sock]
         self._poller.closing(sock.fileno())
@@ -171,10 +178,10 @@ class Race:
         self._errors.append(os_error(number))
         self.start()
 
-    def _win(self, sock: socket.socket, mask: int) -> None:
+    def _win(self, sock: socket.socket) -> None:
         del self._pending[sock]
         self.cancel()
-        self._won(sock, mask)
+        self._won(sock)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -118,6 +118,10 @@ class DnsService:
                 await stream.start(sock)
                 self._listeners.append(stream)
 
+    def forgive(self) -> None:
+        """The network is another: servers that did not answer are asked in their turn again."""
+        self._resolver.forgive()
+
     async def close(self) -> None:
         """Stop listening, give up what is under way, close all sockets. Idempotent."""
         listeners, self._listeners = self._listeners, []

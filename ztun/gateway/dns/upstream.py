@@ -60,6 +60,11 @@ class _Upstream:
             log.info("DNS server answers again", server=str(self.server))
         self.retry_at = self._penalty = 0.0
 
+    def forgive(self) -> None:
+        """Forget that it failed, though not that somebody was told."""
+        self.retry_at = 0.0
+        self._penalty = min(self._penalty, _FIRST_PENALTY_S)
+
     def failed(self, error: UpstreamError, started: float, now: float) -> None:
         if started <= self._failed_at:
             return  # the same outage, seen by another query
@@ -119,6 +124,11 @@ class Resolver:
             task.add_done_callback(lambda done: self._finished(key, done))
         # One client that goes away must not take the answer from the others.
         return await asyncio.shield(task)
+
+    def forgive(self) -> None:
+        """Servers that failed are asked in their turn again: the way to them is another."""
+        for upstream in self._upstreams:
+            upstream.forgive()
 
     def _finished(self, key: tuple[CacheKey, Scope], task: asyncio.Task[Answer]) -> None:
         del self._in_flight[key]

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from ztun.errors import ZtunError
-from ztun.ports import Classifier, PacketDevice, Poller, Routes, SocketFactory
+from ztun.ports import Classifier, NetworkMonitor, PacketDevice, Poller, Routes, SocketFactory
 
 __all__ = [
     "interface_addresses",
     "make_classifier",
     "make_event_loop",
+    "make_monitor",
     "make_routes",
     "make_socket_factory",
     "open_device",
@@ -46,6 +47,10 @@ async def make_classifier(
     own_addresses: Iterable[bytes],
 ) -> Classifier:
     _not_yet("capture of LAN traffic")
+
+
+def make_monitor(mark: int) -> NetworkMonitor:
+    _not_yet("watching the network")
 
 
 def make_socket_factory(mark: int) -> SocketFactory:

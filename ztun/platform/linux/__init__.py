@@ -8,6 +8,7 @@ from ztun.platform.linux.addresses import interface_addresses
 from ztun.platform.linux.backends import choose
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.classifier import BpfClassifier
+from ztun.platform.linux.netmon import LinuxNetworkMonitor
 from ztun.platform.linux.policy import RoutesClassifier
 from ztun.platform.linux.poller import make_event_loop, poller_of
 from ztun.platform.linux.routes import TunRoutes
@@ -19,6 +20,7 @@ __all__ = [
     "interface_addresses",
     "make_classifier",
     "make_event_loop",
+    "make_monitor",
     "make_routes",
     "make_socket_factory",
     "open_device",
@@ -55,6 +57,11 @@ async def make_classifier(
     Raises ZtunError.
     """
     return await choose(backend, Capture(device, tuple(lan), mark, hijack_dns, fail == "closed", tuple(own_addresses)))
+
+
+def make_monitor(mark: int) -> LinuxNetworkMonitor:
+    """Watch this network namespace, as sockets with SO_MARK `mark` see it. Raises OSError."""
+    return LinuxNetworkMonitor(mark)
 
 
 def make_socket_factory(mark: int) -> MarkedSockets:

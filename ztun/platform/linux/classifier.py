@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -42,6 +42,13 @@ MakeHook = Callable[[str, int, str], Hook]
 """(program name, its descriptor, interface name) -> the program attached. Raises OSError or NetlinkError."""
 
 
+class _Attached(NamedTuple):
+    """Where a program is: an interface keeps its index when it is renamed, and has another when it is made anew."""
+
+    ifindex: int
+    hook: Hook
+
+
 class BpfClassifier:
     """A ztun.ports.Classifier in the kernel. Owns `objects`.
 
@@ -55,7 +62,10 @@ class BpfClassifier:
         self._objects = objects
         self._make_hook = make_hook
         self._capture = capture
-        self._hooks: list[Hook] = []
+        self._hooks: dict[str, _Attached] = {}  # by the name of the interface, the TUN's first
+        self._captured = dict.fromkeys(capture.lan, "absent")
+        self._is_attached = False
+        self._device_index = 0
         self._maps = {name: Map(objects.maps[name], key, value) for name, (key, value, _) in MAPS.items()}
         self._prefixes4 = tables.PrefixTable(self._maps["prefixes4"])
         self._prefixes6 = tables.PrefixTable(self._maps["prefixes6"])
@@ -96,27 +106,72 @@ class BpfClassifier:
         self._maps["heartbeat"].update(_ONLY, U64.pack(time.monotonic_ns()))
 
     def attach(self) -> None:
-        """Start to capture. Idempotent. Raises ZtunError naming the interface; then nothing is attached."""
-        if self._hooks:
-            return
+        """Start to capture where there is something to capture from; called again, follow what became of it.
+
+        Raises ZtunError naming the interface, the first time only: then nothing is attached.
+        """
         self.heartbeat()
         try:
             # The way back first, so that no reply of a captured packet takes the wrong one.
-            self._hook("reply", self._capture.device)
+            self._follow(self._capture.device, self._reply)
             for ifname in self._capture.lan:
-                index = links.find_index(ifname, "capture.lan")
-                self._hook("capture" if links.has_link_header(index) else "capture_l3", ifname)
+                self._captured[ifname] = self._capture_from(ifname)
         except BaseException:
             self._detach()
             raise
+        self._is_attached = True
 
-    def _hook(self, name: str, ifname: str) -> None:
+    def captured(self) -> Mapping[str, str]:
+        """LAN interface -> "captured", "absent", or why its packets cannot be had."""
+        return dict(self._captured)
+
+    def reinstall(self) -> None:
+        """Nothing to do: programs stay on an interface that is down, and `attach` follows a TUN that is another."""
+
+    def _capture_from(self, ifname: str) -> str:
+        """One interface's entry in `captured`."""
         try:
-            self._hooks.append(self._make_hook(name, self._objects.programs[name], ifname))
-        except NetlinkError as error:
-            raise ZtunError(f"cannot attach {name} to {ifname} ({self.backend}): {explain(error)}") from error
-        except OSError as error:
-            raise ZtunError(f"cannot attach {name} to {ifname} ({self.backend}): {error.strerror}") from error
+            is_there = self._follow(ifname, lambda index: "capture" if links.has_link_header(index) else "capture_l3")
+        except ZtunError as error:
+            if not self._is_attached:
+                raise
+            return str(error)
+        return "captured" if is_there else "absent"
+
+    def _reply(self, index: int) -> str:
+        if index != self._device_index:
+            self._write_settings()
+        return "reply"
+
+    def _follow(self, ifname: str, choose: Callable[[int], str]) -> bool:
+        """Have a program on the interface of this name and on no other that had it. False when there is none.
+
+        choose: index -> the name of the program. Raises ZtunError.
+        """
+        index = links.index_of(ifname)
+        attached = self._hooks.get(ifname)
+        if attached is not None and attached.ifindex != index:
+            del self._hooks[ifname]
+            self._close_hook(attached.hook)
+            self._forget_clients(attached.ifindex)
+        elif attached is not None:
+            return True
+        if index is None:
+            return False
+        try:
+            name = choose(index)
+            self._hooks[ifname] = _Attached(index, self._make_hook(name, self._objects.programs[name], ifname))
+        except (NetlinkError, OSError) as error:
+            if links.index_of(ifname) != index:  # it went meanwhile; what comes in its place is told of
+                return False
+            what = explain(error) if isinstance(error, NetlinkError) else error.strerror
+            raise ZtunError(f"cannot attach to {ifname} ({self.backend}): {what}") from error
+        return True
+
+    def _forget_clients(self, index: int) -> None:
+        """Replies to clients of an interface that is gone: the kernel's routes know better, until a client is heard."""
+        table = self._maps["clients"]
+        table.delete_many([key for key, value in table.items() if U32.unpack(value)[0] == index])
 
     def counters(self) -> dict[str, dict[str, int]]:
         """Verdict, drop reason or pass reason (the names of bpf/shared.h) -> {"packets", "bytes"}."""
@@ -149,7 +204,7 @@ class BpfClassifier:
             "rules": [{"rule": rule, **values} for rule, values in self.rule_counters().items()],
         }
         maps = [{"name": name, "type": MAPS[name][2], "entries": entries[name]} for name in MAPS]
-        return {"programs": [hook.describe() for hook in self._hooks], "maps": maps}
+        return {"programs": [attached.hook.describe() for attached in self._hooks.values()], "maps": maps}
 
     def close(self) -> None:
         """Detach and unload. Idempotent."""
@@ -157,18 +212,24 @@ class BpfClassifier:
         self._objects.close()
 
     def _detach(self) -> None:
+        self._is_attached = False
+        self._captured = dict.fromkeys(self._captured, "absent")
         while self._hooks:
-            try:
-                self._hooks.pop().close()
-            except (NetlinkError, OSError) as error:
-                log.warning("program not detached", error=str(error))
+            self._close_hook(self._hooks.popitem()[1].hook)
+
+    @staticmethod
+    def _close_hook(hook: Hook) -> None:
+        try:
+            hook.close()
+        except (NetlinkError, OSError) as error:
+            log.warning("program not detached", error=str(error), **hook.describe())
 
     def _write_settings(self) -> None:
         capture, constants = self._capture, self._shared.constants
         flags = constants["SETTING_HIJACK_DNS"] if capture.hijack_dns else 0
         flags |= constants["SETTING_FAIL_CLOSED"] if capture.fail_closed else 0
-        index = links.find_index(capture.device, "tun.name")
-        self._maps["settings"].update(_ONLY, SETTINGS.pack(index, capture.mark, flags, 0))
+        self._device_index = links.find_index(capture.device, "tun.name")
+        self._maps["settings"].update(_ONLY, SETTINGS.pack(self._device_index, capture.mark, flags, 0))
 
     def _describe_settings(self) -> dict[str, Any]:
         capture = self._capture

@@ -7,7 +7,7 @@ import os
 import socket
 from typing import Any, Protocol
 
-from ztun.platform.linux import bpfcall, netlink
+from ztun.platform.linux import bpfcall, links, netlink
 
 # How our filters are known: together, and with the name, these are a tag that nobody else's filter has.
 FILTER_PRIORITY = 0x7A74
@@ -82,6 +82,8 @@ class ClsactHook:
     def close(self) -> None:
         if self._is_attached:
             self._is_attached = False
+            if links.name_of(self._index) is None:
+                return  # the filter went with its interface
             netlink.run(lambda ip: remove_filters(ip, self._index))
 
 

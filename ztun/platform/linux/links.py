@@ -20,6 +20,22 @@ def find_index(ifname: str, key: str) -> int:
         raise ConfigError(f"{key}: there is no interface {ifname}; there are {known}") from error
 
 
+def index_of(ifname: str) -> int | None:
+    """The index of an interface, None when there is none of this name."""
+    try:
+        return socket.if_nametoindex(ifname)
+    except OSError:
+        return None
+
+
+def name_of(index: int) -> str | None:
+    """The name that the interface of this index has now, None when it is gone."""
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return None
+
+
 def has_link_header(index: int) -> bool:
     """Whether packets of this interface have a MAC header (Ethernet, bridges) or none (WireGuard, PPP)."""
     return netlink.run(lambda ip: ip.get_links(index)[0]["ifi_type"]) not in _BARE_TYPES

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
 
 T = TypeVar("T")
 
-__all__ = ["NetlinkError", "attribute", "ignoring", "run"]
+__all__ = ["NetlinkDumpInterrupted", "NetlinkError", "attribute", "ignoring", "run"]
 
 
 def run(action: Callable[[Any], T]) -> T:

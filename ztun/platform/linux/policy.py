@@ -10,7 +10,7 @@ import errno
 import socket
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import structlog
@@ -58,6 +58,7 @@ class RoutesClassifier:
         self._installed: dict[Key, Entry] = {}
         self._sysctls = sysctl.Sysctls()
         self._is_attached = False
+        self._followed: dict[str, int] = {}  # interface -> its index when it was prepared
 
     def replace_rules(self, prefixes: Iterable[Prefix]) -> None:
         """Make the table equal to `prefixes`, changing only what differs. Raises ZtunError."""
@@ -140,13 +141,14 @@ class RoutesClassifier:
         """Nothing to do: routes into the TUN go with the process."""
 
     def attach(self) -> None:
-        """Start to capture: ip rules and the sysctls that forwarding needs. Idempotent. Raises ZtunError."""
+        """Start to capture: ip rules, which hold for interfaces to come too, and the sysctls that forwarding needs.
+
+        Called again, prepares interfaces that are new. Raises ZtunError, the first time only.
+        """
+        self._follow()
         if self._is_attached:
             return
-        for ifname in self._capture.lan:
-            links.find_index(ifname, "capture.lan")
         self._is_attached = True
-        self._allow_forwarding()
         try:
             netlink.run(self._add_rules)
         except netlink.NetlinkError as error:
@@ -157,13 +159,41 @@ class RoutesClassifier:
             sysctls=self._sysctls.changes(),
         )
 
-    def _allow_forwarding(self) -> None:
-        """Replies from the TUN are forwarded by the kernel, here by interface and not for the whole host."""
+    def captured(self) -> Mapping[str, str]:
+        """LAN interface -> "captured" or "absent"."""
+        return {ifname: "captured" if ifname in self._followed else "absent" for ifname in self._capture.lan}
+
+    def reinstall(self) -> None:
+        """Install the routes into the TUN again, which went when it was down, or with it. Raises ZtunError."""
+        self._index = links.find_index(self._capture.device, "tun.name")
+        before, self._installed = self._installed, {}
+        try:
+            self._synchronise(before.keys() | self._prefixes.keys() | self._learned.keys())
+            if self._is_attached:
+                netlink.run(self._add_rules)
+        except netlink.NetlinkError as error:
+            raise ZtunError(f"cannot add ip rules: {netlink.explain(error)}") from error
+        finally:
+            self._installed = {**before, **self._installed}
+
+    def _follow(self) -> None:
         for ifname in (self._capture.device, *self._capture.lan):
-            self._sysctls.set(f"ipv4/conf/{ifname}/forwarding", "1")
-            # Linux 6.17; before, IPv6 has one switch for all interfaces.
-            if not self._sysctls.set(f"ipv6/conf/{ifname}/force_forwarding", "1"):
-                self._allow_forwarding6()
+            index, before = links.index_of(ifname), self._followed.get(ifname)
+            if index == before:
+                continue
+            if before is not None:
+                del self._followed[ifname]
+                self._sysctls.let_go(ifname, links.name_of(before))
+            if index is not None:
+                self._followed[ifname] = index
+                self._allow_forwarding(ifname)
+
+    def _allow_forwarding(self, ifname: str) -> None:
+        """Replies from the TUN are forwarded by the kernel, here by interface and not for the whole host."""
+        self._sysctls.set(f"ipv4/conf/{ifname}/forwarding", "1")
+        # Linux 6.17; before, IPv6 has one switch for all interfaces.
+        if not self._sysctls.set(f"ipv6/conf/{ifname}/force_forwarding", "1"):
+            self._allow_forwarding6()
 
     def _allow_forwarding6(self) -> None:
         if sysctl.read("ipv6/conf/all/forwarding") != "0":
@@ -221,6 +251,7 @@ class RoutesClassifier:
 
     def _detach(self) -> None:
         self._is_attached = False
+        self._followed.clear()
         self._sysctls.restore()
 
 

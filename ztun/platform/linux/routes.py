@@ -42,15 +42,14 @@ class TunRoutes:
 
     def up(self) -> None:
         """Set the link up with addresses and routes. Raises ZtunError naming what the kernel refused."""
+        if not self._is_up:
+            self._set_up()
+            self._is_up = True
+
+    def restore(self) -> None:
+        """Put back what somebody took: link up, addresses, routes. Raises ZtunError. Without effect unless up."""
         if self._is_up:
-            return
-        try:
-            netlink.run(self._renounce_multicast)
-            self._set_sysctls()
-            netlink.run(self._install)
-        except netlink.NetlinkError as error:
-            raise ZtunError(f"cannot set up {self._device}: {netlink.explain(error)}") from error
-        self._is_up = True
+            self._set_up()
 
     def down(self) -> None:
         """Take addresses (and with them the routes) away and the link down. The sysctls go with the device."""
@@ -70,6 +69,15 @@ class TunRoutes:
         if not self._is_up:
             return {"routes": [], "ip_rules": []}
         return {"routes": netlink.run(self._list), "ip_rules": netlink.run(_list_rules)}
+
+    def _set_up(self) -> None:
+        try:
+            netlink.run(self._renounce_multicast)
+            self._set_sysctls()
+            netlink.run(self._install)
+        except (netlink.NetlinkError, OSError) as error:
+            what = netlink.explain(error) if isinstance(error, netlink.NetlinkError) else error.strerror
+            raise ZtunError(f"cannot set up {self._device}: {what}") from error
 
     def _set_sysctls(self) -> None:
         settings = sysctl.Sysctls()

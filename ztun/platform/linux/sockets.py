@@ -8,10 +8,14 @@ from ztun.errors import ZtunError
 
 
 class MarkedSockets:
-    """A ztun.ports.SocketFactory: non-blocking sockets with SO_MARK (socket(7))."""
+    """A ztun.ports.SocketFactory: non-blocking sockets with SO_MARK (socket(7)).
+
+    dead: our addresses, as text, from which nothing can be reached now: their interfaces have no carrier.
+    """
 
     def __init__(self, mark: int) -> None:
         self.mark = mark
+        self.dead: frozenset[str] = frozenset()
 
     def __call__(self, family: int, type: int) -> socket.socket:
         """Make a socket. Raises OSError as socket(2) does, ZtunError without CAP_NET_ADMIN."""

@@ -41,6 +41,15 @@ class Sysctls:
         if before is not None:
             self._before.append((key, before))
 
+    def let_go(self, ifname: str, now: str | None) -> None:
+        """Put back the settings of one interface, which is called `now` by now; None when it is gone."""
+        part = f"/{ifname}/"
+        ours = [(key, value) for key, value in self._before if part in key]
+        self._before = [(key, value) for key, value in self._before if part not in key]
+        if now is not None:
+            for key, value in reversed(ours):
+                _write(key.replace(part, f"/{now}/"), value)
+
     def changes(self) -> list[str]:
         """The keys that differ now because of us, with their values: "ipv4.ip_forward = 1"."""
         keys = dict.fromkeys(key for key, _ in self._before)
@@ -48,8 +57,11 @@ class Sysctls:
 
     def restore(self) -> None:
         while self._before:
-            key, value = self._before.pop()
-            try:
-                (_ROOT / key).write_text(value)
-            except OSError:
-                pass  # its interface is gone, and the setting with it
+            _write(*self._before.pop())
+
+
+def _write(key: str, value: str) -> None:
+    try:
+        (_ROOT / key).write_text(value)
+    except OSError:
+        pass  # its interface is gone, and the setting with it
