@@ -126,7 +126,7 @@ class UdpSession:
         relay = self._relay
         header = self._replies.get((host, port)) or self._stranger(host, port)
         if header is None:
-            relay.engine.stack.drop("udp-reply-address")
+            relay.engine.stack.drop("udp-refused" if (host, port) in self._refused else "udp-reply-address")
             return
         self.last_used = relay.engine.now()
         self.down += len(payload)
