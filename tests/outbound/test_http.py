@@ -25,8 +25,8 @@ BANNER = b"220 ready\r\n"
     [("four.example", b"four.example:80"), ("192.0.2.1", b"192.0.2.1:80"), ("2001:db8::1", b"[2001:db8::1]:80")],
 )
 async def test_the_request_names_the_destination(sockets: Sockets, host: str, authority: bytes) -> None:
-    head = b"CONNECT " + authority + b" HTTP/1.1\r\nHost: " + authority + b"\r\n"
-    async with proxy(hears(head), ASK, says(GRANTED + BANNER)) as port:
+    head = b"CONNECT " + authority + b" HTTP/1.1\r\nHost: " + authority + b"\r\n\r\n"
+    async with proxy(hears(head), says(GRANTED + BANNER)) as port:
         sock = await outbound(sockets, "http", port).connect(Destination(host, 80))
         assert await read_exactly(sock, 100) == BANNER
         sock.close()

@@ -15,7 +15,7 @@ from ztun.ports import Destination, OutboundError
 
 from . import scripted
 from .scripted import Step, drips, falls_silent, hears_until, resets, says
-from .support import Sockets, same_descriptors, table
+from .support import Sockets, same_descriptors, table, tools
 
 HOW_IT_ENDS: dict[str, list[Step]] = {
     "socks5 granted": [says(b"\x05\x00"), hears_until(b"\x00\x50"), says(b"\x05\x00\x00\x01" + bytes(6))],
@@ -54,7 +54,8 @@ async def test_no_ending_leaves_a_descriptor(
     with same_descriptors():
         async with scripted.proxy(*HOW_IT_ENDS[ending], patient=False) as port:
             spec = OutboundSpec("it", type, "proxy.lan", port)
-            ways = make_outbounds([spec], sockets, 0.1, table(proxy_lan=["127.0.0.1", "127.0.0.2"]))
+            resolve = table(proxy_lan=["127.0.0.1", "127.0.0.2"])
+            ways = make_outbounds([spec], tools(sockets, resolve, 0.1))
             way = ways["it"]
             assert isinstance(way, BaseOutbound)
             endings = await asyncio.gather(*(ask(way) for _ in range(5)), return_exceptions=True)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Awaitable, Iterable
 
 import pytest
 
+from ztun import platform
 from ztun.errors import ConfigError
-from ztun.outbound import OutboundSpec, make_outbounds
+from ztun.outbound import OutboundSpec, Tools, base, make_outbounds
 from ztun.ports import Destination, Failure, OutboundError
 
 from .peers import banner_server, converse
-from .support import Sockets, nobody, outbound
+from .support import Sockets, nobody, outbound, table
 
 
 def make(*specs: OutboundSpec) -> dict[str, str]:
-    return {tag: way.type for tag, way in make_outbounds(specs, Sockets(socket.socket), 5, nobody).items()}
+    loop = platform.make_event_loop()
+    try:
+        some = Tools(platform.poller_of(loop), Sockets(socket.socket), nobody, 5)
+        return {tag: way.type for tag, way in make_outbounds(specs, some).items()}
+    finally:
+        loop.close()
 
 
 def test_direct_and_block_are_always_there() -> None:
@@ -43,7 +50,10 @@ def test_settings_that_no_proxy_could_be_used_with(spec: OutboundSpec, said: str
     assert f"outbound '{spec.tag}'" in str(caught.value)
 
 
-async def test_a_proxy_stays_reachable_while_its_name_does_not_resolve(sockets: Sockets, microsocks: int) -> None:
+async def test_a_proxy_stays_reachable_while_its_name_does_not_resolve(
+    sockets: Sockets, microsocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "_REMEMBERED", 0.0)
     answers: list[list[str] | None] = [["127.0.0.1"], None, []]
 
     async def resolve(name: str) -> list[str]:
@@ -57,3 +67,21 @@ async def test_a_proxy_stays_reachable_while_its_name_does_not_resolve(sockets: 
         for _ in range(3):
             await converse(await way.connect(Destination("four.example", port)))
     assert not answers
+
+
+async def test_a_burst_of_dials_asks_for_the_proxys_name_once(
+    sockets: Sockets, microsocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "_REMEMBERED", 60.0)
+    asked = []
+    answer = table(proxy_lan=["127.0.0.1"])
+
+    def resolve(name: str) -> Awaitable[Iterable[str]]:
+        asked.append(name)
+        return answer(name)
+
+    way = outbound(sockets, "socks5", microsocks, host="proxy.lan", resolve=resolve)
+    async with banner_server() as port:
+        for _ in range(5):
+            await converse(await way.connect(Destination("four.example", port)))
+    assert asked == ["proxy.lan"]

@@ -308,6 +308,7 @@ class Gateway:
                 "half_open": stack.half_open,
                 "total": stack.opened,
                 "packets": stack.received["tcp"],
+                "families": _families(stack, "tcp"),
                 "ended": dict(self._ended),
                 "failed": dict(self._failures),
             },
@@ -315,10 +316,15 @@ class Gateway:
                 "active": len(self._udp),
                 "total": self._udp.total,
                 "packets": stack.received["udp"],
+                "families": _families(stack, "udp"),
                 "sent": self._udp.sent,
                 "received": self._udp.received,
             },
-            "icmp": {"packets": stack.received["icmp"], "echoes": self._echoes},
+            "icmp": {
+                "packets": stack.received["icmp"],
+                "families": _families(stack, "icmp"),
+                "echoes": self._echoes,
+            },
             "dns": dict(self._dns.counters),
             "buffers": {
                 "allocated": self._buffers.allocated,
@@ -329,3 +335,8 @@ class Gateway:
             "device": {"read": self.engine.read, "written": self.engine.written, "refused": self.engine.refused},
             "drops": dict(stack.drops),
         }
+
+
+def _families(stack: Stack, protocol: str) -> dict[str, int]:
+    """Packets received, by IP version."""
+    return {"ipv4": stack.received[protocol] - stack.received6[protocol], "ipv6": stack.received6[protocol]}

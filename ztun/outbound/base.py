@@ -105,9 +105,16 @@ class BaseOutbound:
 
         def connected(sock: socket.socket, more: bool) -> None:
             self.poller.unwatch(sock.fileno())
-            answer.set_result(sock)
+            if answer.done():  # cancelled a moment ago
+                sock.close()
+            else:
+                answer.set_result(sock)
 
-        dialling = begin(connected, answer.set_exception)
+        def failed(error: OutboundError) -> None:
+            if not answer.done():
+                answer.set_exception(error)
+
+        dialling = begin(connected, failed)
         try:
             return await answer
         except asyncio.CancelledError:
@@ -122,11 +129,13 @@ class BaseOutbound:
     def _look_at_deadlines(self) -> None:
         self._timer = None
         now = time.monotonic()
-        for dial, deadline in list(self._deadlines.items()):
-            if deadline > now:
-                self._timer = asyncio.get_running_loop().call_later(deadline - now, self._look_at_deadlines)
-                return
-            dial.fail(self._too_late(dial))
+        try:
+            while self._deadlines and next(iter(self._deadlines.values())) <= now:
+                next(iter(self._deadlines)).fail(TimeoutError())
+        finally:  # a defect in one that is told costs the others nothing
+            if self._deadlines and self._timer is None:
+                wait = next(iter(self._deadlines.values())) - now
+                self._timer = asyncio.get_running_loop().call_later(max(wait, 0.0), self._look_at_deadlines)
 
     # The Dialler of its dials.
 
@@ -136,7 +145,8 @@ class BaseOutbound:
 
     def describe(self, dial: Dial, error: OSError | OutboundError) -> OutboundError:
         """See `dial.Dialler.describe`; every failure passes here once."""
-        described = self._describe(dial, error)
+        late = isinstance(error, TimeoutError) and error.errno is None  # the kernel's has a number
+        described = self._too_late(dial) if late else self._describe(dial, error)
         if dial.counted:
             self.failures[described.failure] += 1
         return described
@@ -253,10 +263,10 @@ class ProxyOutbound(BaseOutbound):
     def _too_late(self, dial: Dial) -> OutboundError:
         within = f"within {self._dial_timeout:g} s"
         if dial.stage is not Stage.NEGOTIATING:
-            return OutboundError(Failure.PROXY_UNREACHABLE, f"did not accept a connection {within}")
+            return self._error(Failure.PROXY_UNREACHABLE, f"{self._server} did not accept a connection {within}")
         if dial.dialogue is not None and not dial.dialogue.asked:
-            return OutboundError(Failure.PROXY_FAILED, f"did not answer the greeting {within}")
-        return OutboundError(Failure.TIMED_OUT, f"did not reach the destination {within}")
+            return self._error(Failure.PROXY_FAILED, f"{self._server} did not answer the greeting {within}")
+        return self._error(Failure.TIMED_OUT, f"{self._server} did not reach the destination {within}")
 
 
 class Nothing:

@@ -68,8 +68,8 @@ class Dial:
     """
 
     __slots__ = (
-        "_address", "_connected", "_dialler", "_failed", "_fd", "_race", "_sock", "_task", "_unsent", "counted", "dialogue",
-        "host", "port", "stage",
+        "_address", "_connected", "_dialler", "_failed", "_fd", "_race", "_sock", "_task", "_unsent", "counted",
+        "dialogue", "host", "port", "stage",
     )  # fmt: skip
 
     def __init__(
@@ -182,17 +182,14 @@ class Dial:
             assert self._sock is not None
             number = tcp.progress(self._sock, self._address, self.port)
             if number == 0:
-                self._established(self._sock)
+                self._established(self._sock, mask)
             elif number != errno.EALREADY:
                 self.fail(os_error(number))
         elif self.stage is Stage.NEGOTIATING:
-            if self._unsent and mask & WRITABLE:
-                data, self._unsent = self._unsent, b""
-                self._send(data)
-            if mask & _MAY_READ:
-                self._read()
+            self._go_on(mask)
 
-    def _established(self, sock: socket.socket) -> None:
+    def _established(self, sock: socket.socket, mask: int = 0) -> None:
+        """Go on over a connection. mask: of the event that told of it, which may have been the proxy's first word."""
         if self._sock is not sock:
             self._sock = sock
             self._fd = sock.fileno()
@@ -201,10 +198,8 @@ class Dial:
             self._finish(sock, True)
             return
         self.stage = Stage.NEGOTIATING
-        try:
-            self._send(self.dialogue.start())
-        except OutboundError as error:
-            self.fail(error)
+        self._send(self.dialogue.start())
+        self._go_on(mask)
 
     def _finish(self, sock: socket.socket, more: bool) -> None:
         self._end()
@@ -212,8 +207,15 @@ class Dial:
 
     # The dialogue with the proxy.
 
-    def _read(self) -> None:
-        """Take every message that is there: what is left unread is no news."""
+    def _go_on(self, mask: int) -> None:
+        if self._unsent and mask & WRITABLE:
+            data, self._unsent = self._unsent, b""
+            self._send(data)
+        if mask & _MAY_READ and self.stage is Stage.NEGOTIATING:
+            self._read(bool(mask & ENDED))
+
+    def _read(self, ended: bool) -> None:
+        """Take every message that is there, and look for the end if it is near: what is left unread is no news."""
         sock, dialogue = self._sock, self.dialogue
         assert sock is not None
         assert dialogue is not None
@@ -229,7 +231,7 @@ class Dial:
                     self._send(answer)
                 if self.stage is Stage.OVER:
                     return
-                more = len(data) > taken or len(data) == _CHUNK
+                more = ended or len(data) > taken or len(data) == _CHUNK
                 if dialogue.done:
                     self._finish(sock, more)
                     return

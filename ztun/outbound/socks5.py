@@ -144,13 +144,18 @@ class Socks5Dialogue:
             raise _malformed(message)
         if message[1]:
             raise OutboundError(*_FAILURES[message[1]]) if message[1] in _FAILURES else _malformed(message)
+        if message[2]:
+            raise _malformed(message)  # RSV, which is 0
         kind = message[3]
         if kind == _IPV4:
             host = socket.inet_ntop(socket.AF_INET, message[4:8])
         elif kind == _IPV6:
             host = socket.inet_ntop(socket.AF_INET6, message[4:20])
         elif kind == _NAME:
-            host = message[5:-2].decode("utf-8", "backslashreplace")
+            try:
+                host = message[5:-2].decode()
+            except UnicodeDecodeError:
+                raise _malformed(message) from None
         else:
             raise _malformed(message)
         self.bound = host, int.from_bytes(message[-2:], "big")

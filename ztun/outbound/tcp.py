@@ -71,6 +71,8 @@ def begin(factory: SocketFactory, address: str, port: int) -> tuple[socket.socke
             # On a path without delay the answer came within connect(2). If it was an ICMP error of a router on this
             # very machine, the kernel noted it and wakes nobody before the SYN is sent again, a second later.
             number = sock.connect_ex((address, port))
+            if number == errno.EALREADY:
+                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or number
     except OSError:
         sock.close()
         raise
@@ -90,8 +92,9 @@ def progress(sock: socket.socket, address: str, port: int) -> int:
 class Race:
     """Connection attempts of which the first to be established wins; the others are closed.
 
-    won(sock): a connected socket that `poller` watches, to be handed over; lost(error): the most telling one, when all
-    failed. There is no deadline here. Either may be called from within `start`.
+    won(sock, mask): a connected socket that `poller` watches, to be handed over, and the event that told of it (0 where
+    none did); lost(error): the most telling one, when all failed. There is no deadline here. Either may be called from
+    within `start`.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class Race:
         factory: SocketFactory,
         addresses: Sequence[str],
         port: int,
-        won: Callable[[socket.socket], None],
+        won: Callable[[socket.socket, int], None],
         lost: Callable[[OSError], None],
         delay: float = ATTEMPT_DELAY,
     ) -> None:
@@ -152,17 +155,17 @@ class Race:
             return False
         self._pending[sock] = address
         try:
-            self._poller.watch(sock.fileno(), lambda _mask: self._look(sock), writing=True)
+            self._poller.watch(sock.fileno(), lambda mask: self._look(sock, mask), writing=True)
         except OSError as error:
             del self._pending[sock]
             sock.close()
             self._errors.append(error)
             return False
         if number == 0:
-            self._win(sock)
+            self._win(sock, 0)
         return True
 
-    def _look(self, sock: socket.socket) -> None:
+    def _look(self, sock: socket.socket, mask: int) -> None:
         address = self._pending.get(sock)
         if address is None:
             return  # an event of a descriptor that had this number before
@@ -170,7 +173,7 @@ class Race:
         if number == errno.EALREADY:
             return
         if number == 0:
-            self._win(sock)
+            self._win(sock, mask)
             return
         del self._pending[sock]
         self._poller.closing(sock.fileno())
@@ -178,10 +181,10 @@ class Race:
         self._errors.append(os_error(number))
         self.start()
 
-    def _win(self, sock: socket.socket) -> None:
+    def _win(self, sock: socket.socket, mask: int) -> None:
         del self._pending[sock]
         self.cancel()
-        self._won(sock)
+        self._won(sock, mask)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -52,6 +52,7 @@ class Icmp:
         if not checked and not checksum.is_valid(message, start):
             raise MalformedError("icmp-checksum")
         self._stack.received["icmp"] += 1
+        self._stack.received6["icmp"] += head.version == 6
         kind = message[0]
         if kind == (icmp.ECHO_REQUEST6 if head.version == 6 else icmp.ECHO_REQUEST):
             self._receive_echo(packet, head, message, now)

@@ -30,6 +30,7 @@ _UDP4 = struct.Struct("!BB10xH2xH4x12sH2x")  # with virtio_net_hdr's GSO type
 _UDP6 = struct.Struct("!BB12xH2x36sH2x")
 _TCP = struct.Struct("!HHIIHHHH")
 _IP = vnet.LENGTH  # where the IP header starts
+_KEY4 = 12  # bytes of the key of an IPv4 flow
 _FRAGMENTED = 0x3FFF  # of the fragment word: More Fragments, or an offset
 
 Packet = tuple[bytes | memoryview, ...]
@@ -62,6 +63,7 @@ class Stack:
         self.opened = 0
         self.drops: dict[str, int] = {}
         self.received: dict[str, int] = {"tcp": 0, "udp": 0, "icmp": 0}
+        self.received6: dict[str, int] = {"tcp": 0, "udp": 0, "icmp": 0}  # those of IPv6 among them
         self.udp_flows: dict[bytes, UdpFlow] = {}
         self._udp_runs: list[UdpFlow] = []  # flows with datagrams that wait for the end of the batch
         self._unconnected = Unconnected(self)
@@ -121,6 +123,8 @@ class Stack:
                 raise ip.MalformedError("ip-checksum")
             _verify(key[:-4], ip.TCP, packet[start:end], "tcp-checksum")
         self.received["tcp"] += 1
+        if not is_v4:
+            self.received6["tcp"] += 1
         conn = self.connections.get(key)
         if conn is not None:
             return conn.receive(seq, ack, bits, window, packet, start, end, now)
@@ -146,6 +150,8 @@ class Stack:
             self._datagram(packet, key, start, size, end, now)
         else:
             self.received["udp"] += 1
+            if not is_v4:
+                self.received6["udp"] += 1
             flow.add(packet[start + udp.LENGTH : start + size].tobytes(), now)
 
     def _receive_other(self, packet: memoryview, now: float, is_reassembled: bool = False) -> None:
@@ -195,6 +201,7 @@ class Stack:
         sport, dport, seq, ack, bits, window, _, _ = _TCP.unpack_from(packet, head.payload)
         key = head.source + head.destination + struct.pack("!HH", sport, dport)
         self.received["tcp"] += 1
+        self.received6["tcp"] += head.version == 6
         conn = self.connections.get(key)
         # The slow path gives the stack a copy, so that nobody needs to keep this buffer.
         copy = memoryview(bytes(packet))
@@ -240,6 +247,8 @@ class Stack:
         payload = packet[start + udp.LENGTH : start + length]
         pieces = split(payload, udp.segment_size(packet))
         self.received["udp"] += len(pieces)
+        if len(key) > _KEY4:
+            self.received6["udp"] += len(pieces)
         flow = self.udp_flows.get(key)
         for piece in pieces:
             if flow is not None:

@@ -12,7 +12,7 @@ import math
 import select
 import selectors
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ztun.ports import ReadyHandler
@@ -28,19 +28,20 @@ class EpollPoller:
     def __init__(self, *, nested: bool = False) -> None:
         self.epoll = select.epoll()
         self._nested = nested
+        self._coming = False  # a look here is arranged
         self._handlers: dict[int, ReadyHandler] = {}
         self._again: list[ReadyHandler] = []
         self._at_end: list[Callable[[], None]] = []
 
     def watch(self, fd: int, handler: ReadyHandler, *, writing: bool = False) -> None:
         """See ztun.ports.Poller.watch. Raises OSError where the kernel has no memory for one more."""
-        self._handlers[fd] = handler
         self.epoll.register(fd, _EDGE_BOTH if writing else _EDGE)
+        self._handlers[fd] = handler
 
     def watch_level(self, fd: int, handler: ReadyHandler) -> None:
         """See ztun.ports.Poller.watch_level."""
-        self._handlers[fd] = handler
         self.epoll.register(fd, select.EPOLLIN)
+        self._handlers[fd] = handler
 
     def want_write(self, fd: int) -> None:
         """See ztun.ports.Poller.want_write."""
@@ -71,11 +72,13 @@ class EpollPoller:
 
     def _come_back(self) -> None:
         """An event loop of somebody else's looks here only when there is an event."""
-        if self._nested and not self._again and not self._at_end:
+        if self._nested and not self._coming:
+            self._coming = True
             asyncio.get_running_loop().call_soon(self.wait, 0.0)
 
     def wait(self, seconds: float) -> list[tuple[int, int]]:
         """Wait for events, at most so long (below 0: for ever), and deliver them. Returns those that nobody watches."""
+        self._coming = False
         more = self._again
         if more:
             self._again = []
@@ -123,6 +126,7 @@ class PollerSelector(selectors.BaseSelector):
     def __init__(self) -> None:
         self.poller = EpollPoller()
         self._keys: dict[int, selectors.SelectorKey] = {}
+        self._map = _Keys(self._keys)
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         fd = _number(fileobj)
@@ -133,19 +137,18 @@ class PollerSelector(selectors.BaseSelector):
         return key
 
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
-        fd = _number(fileobj)
-        key = self._keys.pop(fd)
+        key = self._keys.pop(self._map[fileobj].fd)
         try:
-            self.poller.epoll.unregister(fd)
+            self.poller.epoll.unregister(key.fd)
         except OSError:
             pass  # it was closed, and is gone with that
         return key
 
     def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        fd = _number(fileobj)
-        if self._keys[fd].events != events:
-            self.poller.epoll.modify(fd, _mask(events))
-        key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
+        old = self._map[fileobj]
+        if old.events != events:
+            self.poller.epoll.modify(old.fd, _mask(events))
+        key = self._keys[old.fd] = selectors.SelectorKey(fileobj, old.fd, events, data)
         return key
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
@@ -170,7 +173,29 @@ class PollerSelector(selectors.BaseSelector):
         return self._keys[_number(fileobj)]
 
     def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
-        return self._keys
+        return self._map
+
+
+class _Keys(Mapping[Any, selectors.SelectorKey]):
+    """The keys by descriptor, which may be given as a number or as the object that was registered."""
+
+    def __init__(self, keys: dict[int, selectors.SelectorKey]) -> None:
+        self._keys = keys
+
+    def __getitem__(self, fileobj: Any) -> selectors.SelectorKey:
+        fd = _number(fileobj)
+        if fd >= 0:
+            return self._keys[fd]
+        for key in self._keys.values():  # it was closed before it was unregistered
+            if key.fileobj is fileobj:
+                return key
+        raise KeyError(f"{fileobj!r} is not registered")
+
+    def __iter__(self) -> Iterator[Any]:
+        return (key.fileobj for key in self._keys.values())
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
 def _number(fileobj: Any) -> int:
