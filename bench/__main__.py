@@ -66,7 +66,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=256, help="datagrams under way; 0 floods")
     parser.add_argument("--memory-rounds", type=int, default=1, help="memory hardly varies")
     parser.add_argument("--ipv6", action="store_true")
-    parser.add_argument("--loops", action="store_true", help="ztun on asyncio's and on uvloop's event loop")
     parser.add_argument("--only", action="append", choices=list(SUBJECTS), help="a subject; may be repeated")
     options = parser.parse_args()
     options.rounds = options.rounds or (1 if options.quick else 5)
@@ -74,9 +73,7 @@ def _options() -> argparse.Namespace:
     options.rows = options.rows.split(",")
     if unknown := set(options.rows) - set(ROWS):
         parser.error(f"--rows: no {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
-    if not options.only:
-        ours = [name for name in OURS if (name != "ztun") == options.loops]
-        options.only = ours + [name for name in SUBJECTS if name not in OURS]
+    options.only = options.only or list(SUBJECTS)
     return options
 
 

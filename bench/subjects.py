@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -24,24 +23,18 @@ Subject = Callable[[Lab, str], AbstractContextManager[int | None]]
 """(lab, proxy name) -> a context in which it carries traffic; gives the process to account CPU time to, if any."""
 
 
-def ztun(loop: str | None = None) -> Subject:
-    """loop: a value for ZTUN_LOOP, None for ztun's own choice."""
-
-    @contextlib.contextmanager
-    def carry(lab: Lab, proxy: str) -> Iterator[int | None]:
-        env = {**os.environ, "ZTUN_LOOP": loop} if loop else None
-        config = {
-            "outbounds": [{"tag": "bench", "type": "socks5", "server": f"{plan.UPSTREAM4}:{PROXIES[proxy]}"}],
-            "route": {"rules": [{"ip_cidr": [plan.SITE4, plan.SITE6], "outbound": "bench"}]},
-        }
-        instance = lab.ztun(config, env=env)
-        try:
-            _await_traffic(lab, instance.directory / "output")
-            yield instance.pid
-        finally:
-            instance.stop(signal.SIGTERM)
-
-    return carry
+@contextlib.contextmanager
+def ztun(lab: Lab, proxy: str) -> Iterator[int | None]:
+    config = {
+        "outbounds": [{"tag": "bench", "type": "socks5", "server": f"{plan.UPSTREAM4}:{PROXIES[proxy]}"}],
+        "route": {"rules": [{"ip_cidr": [plan.SITE4, plan.SITE6], "outbound": "bench"}]},
+    }
+    instance = lab.ztun(config)
+    try:
+        _await_traffic(lab, instance.directory / "output")
+        yield instance.pid
+    finally:
+        instance.stop(signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -106,6 +99,6 @@ PEERS: dict[str, Subject] = {
     "sing-tun system": peer("system"),
     "sing-tun mixed": peer("mixed"),
 }
-OURS: dict[str, Subject] = {"ztun": ztun(), "ztun asyncio": ztun("asyncio"), "ztun uvloop": ztun("uvloop")}
+OURS: dict[str, Subject] = {"ztun": ztun}
 BASE_LINES: dict[str, Subject] = {"plain forwarding": plain}
 SUBJECTS: dict[str, Subject] = {**OURS, **PEERS, **BASE_LINES}

@@ -44,11 +44,11 @@ def untouched(lab: Lab) -> Iterator[None]:
     assert not lock.exists()
 
 
-def launch(lab: Lab, config: dict[str, Any], *arguments: str, **environment: str) -> Ztun:
+def launch(lab: Lab, config: dict[str, Any], *arguments: str) -> Ztun:
     """`ztun up` on `config` without waiting."""
     instance = lab.prepare()
     instance.write(complete(config, instance.directory))
-    instance.launch("up", "--config", str(instance.config_path), *arguments, env=os.environ | environment)
+    instance.launch("up", "--config", str(instance.config_path), *arguments)
     return instance
 
 
@@ -259,16 +259,3 @@ def test_a_log_file_that_cannot_be_written_is_a_configuration_error(lab: Lab) ->
     instance = launch(lab, {**SITE, "log": {"file": "/nonexistent/ztun.log"}})
     assert ended(instance) == 2
     assert instance.output == "ztun: log.file: cannot write /nonexistent/ztun.log: No such file or directory\n"
-
-
-def test_it_runs_on_uvloop_too(lab: Lab) -> None:
-    instance = launch(lab, SITE, ZTUN_LOOP="uvloop")
-    instance.wait_ready()
-    assert lab.page("http://site.test/")["client"] == plan.UPSTREAM4
-    assert instance.stop() == 0, instance.output
-
-
-def test_an_unknown_loop_is_a_configuration_error(lab: Lab) -> None:
-    instance = launch(lab, SITE, ZTUN_LOOP="trio")
-    assert ended(instance) == 2
-    assert instance.output == "ztun: ZTUN_LOOP: 'trio' is no event loop; use asyncio or uvloop\n"
