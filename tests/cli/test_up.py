@@ -44,11 +44,11 @@ def untouched(lab: Lab) -> Iterator[None]:
     assert not lock.exists()
 
 
-def launch(lab: Lab, config: dict[str, Any], *arguments: str) -> Ztun:
+def launch(lab: Lab, config: dict[str, Any], *arguments: str, **environment: str) -> Ztun:
     """`ztun up` on `config` without waiting."""
     instance = lab.prepare()
     instance.write(complete(config, instance.directory))
-    instance.launch("up", "--config", str(instance.config_path), *arguments)
+    instance.launch("up", "--config", str(instance.config_path), *arguments, env=os.environ | environment)
     return instance
 
 
