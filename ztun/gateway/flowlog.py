@@ -20,6 +20,7 @@ class FlowLog:
 
     def __init__(self, log: BoundLogger) -> None:
         self._log = log
+        self._threshold = log.threshold
 
     def finished(
         self,
@@ -44,14 +45,13 @@ class FlowLog:
         in the file, or a negative id of ztun.ports; up, down: payload bytes from and to the client; how: it ended;
         destinations: of a UDP session, which can have many and names the first one.
         """
-        log = self._log
-        if not log.admit(_INFO, "flow ended"):
+        if self._threshold.value > _INFO or not self._log.admit(_INFO, "flow ended"):
             return
         values = _describe(protocol, client, client_port, host, port, name, rule, outbound)
         values["up"], values["down"], values["seconds"], values["how"] = up, down, round(seconds, 3), how
         if destinations is not None:
             values["destinations"] = destinations
-        log.admitted(_INFO, "flow ended", values)
+        self._log.admitted(_INFO, "flow ended", values)
 
     def refused(
         self,
@@ -68,12 +68,11 @@ class FlowLog:
         name: str | None = None,
     ) -> None:
         """A flow was never connected. how: the `Failure`; detail: what the outbound said of it. Else as `finished`."""
-        log = self._log
-        if not log.admit(_INFO, "flow refused"):
+        if self._threshold.value > _INFO or not self._log.admit(_INFO, "flow refused"):
             return
         values = _describe(protocol, client, client_port, host, port, name, rule, outbound)
         values["seconds"], values["how"], values["detail"] = round(seconds, 3), how, detail
-        log.admitted(_INFO, "flow refused", values)
+        self._log.admitted(_INFO, "flow refused", values)
 
 
 def _describe(

@@ -22,7 +22,7 @@ from structlog.typing import Processor
 
 from ztun.errors import ConfigError
 from ztun.log.clean import Cleaner
-from ztun.log.components import PREFIX, Levels, component_name
+from ztun.log.components import PREFIX, Levels, Threshold, component_name
 from ztun.log.lines import processors
 from ztun.log.outputs import FileOutput, Output, StreamOutput, is_journal
 from ztun.log.repeats import WINDOW, Limit, Repeats
@@ -272,6 +272,11 @@ class BoundLogger(structlog.BoundLoggerBase):
     def log(self, level: int, event: str, /, *args: Any, **values: Any) -> None:
         if self._logger.admit(event, level):
             self.admitted(level, event % args if args else event, values)
+
+    @property
+    def threshold(self) -> Threshold:
+        """That of the component: who is called often looks at its value first."""
+        return self._logger.threshold
 
     def is_enabled_for(self, level: int) -> bool:
         """Whether a line of this level would be written, the limit on repeats aside."""
