@@ -64,6 +64,18 @@ def test_a_packet_with_one_hop_left_has_arrived(client: Client) -> None:
     assert len(client.net.incoming) == 1
 
 
+@pytest.mark.parametrize("address", [bytes([127, 0, 0, 1]), bytes(15) + b"\1"], ids=["ipv4", "ipv6"])
+def test_loopback_is_nobodys_address_on_a_wire(address: bytes) -> None:
+    """RFC 1122 section 3.2.1.3 (g), RFC 4291 section 2.5.3."""
+    family = 4 if len(address) == 4 else 6
+    net = Net()
+    net.receives(packets.tcp_packet(address, SERVER[family], (1000, 80), 1, 0, SYN, 1000))
+    net.receives(packets.tcp_packet(CLIENT[family], address, (1000, 80), 1, 0, SYN, 1000))
+    net.receives(packets.udp_packet(address, SERVER[family], (1000, 53), b"question"))
+    net.is_silent()
+    assert net.stack.drops == {"ip-source": 3}
+
+
 def test_source_quench_slows_nothing_down() -> None:
     """RFC 6633."""
     client = Client(Net())

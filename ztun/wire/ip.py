@@ -24,6 +24,7 @@ DEFAULT_TTL = 64
 _V4 = struct.Struct("!BBHHHBBH4s4s")
 _V6 = struct.Struct("!IHBB16s16s")
 _FRAGMENT6 = struct.Struct("!BBHI")
+_NOT_ON_A_WIRE6 = (bytes(16), bytes(15) + b"\1")  # unspecified and loopback
 _DONT_FRAGMENT = 0x4000
 _MORE = 0x2000
 
@@ -112,7 +113,8 @@ def fragments(
 
 
 def is_unicast(address: bytes) -> bool:
-    """False for multicast, broadcast and unspecified addresses, which are never answered (RFC 1122 3.2.1.3)."""
+    """False for what no host on a wire has as its address, and which is never answered: unspecified, loopback, multicast
+    and broadcast addresses (RFC 1122 section 3.2.1.3, RFC 4291 section 2.5)."""
     if len(address) == 4:
-        return address[0] != 0 and address[0] < 224
-    return address[0] != 0xFF and any(address)
+        return 0 < address[0] < 224 and address[0] != 127
+    return address[0] != 0xFF and address not in _NOT_ON_A_WIRE6
