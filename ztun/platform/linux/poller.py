@@ -11,6 +11,7 @@ import asyncio
 import math
 import select
 import selectors
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -125,6 +126,7 @@ class PollerSelector(selectors.BaseSelector):
 
     def __init__(self) -> None:
         self.poller = EpollPoller()
+        self.disturbed = False  # asyncio has something to do that it did not know of when it went to wait
         self._keys: dict[int, selectors.SelectorKey] = {}
         self._map = _Keys(self._keys)
 
@@ -152,18 +154,18 @@ class PollerSelector(selectors.BaseSelector):
         return key
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Deliver the flows' events until there is something for asyncio to do, or its time is over."""
+        self.disturbed = False
+        until = math.inf if timeout is None else time.monotonic() + max(timeout, 0.0)
+        wait = self.poller.wait
         # epoll counts milliseconds, and who wakes up early waits twice.
-        seconds = -1.0 if timeout is None else math.ceil(max(timeout, 0.0) * 1e3) * 1e-3
-        ready = []
-        for fd, mask in self.poller.wait(seconds):
-            key = self._keys.get(fd)
-            if key is None:
-                continue  # closed by whoever had the event before
-            found = selectors.EVENT_WRITE if mask & ~select.EPOLLIN else 0
-            if mask & ~select.EPOLLOUT:
-                found |= selectors.EVENT_READ
-            ready.append((key, found & key.events))
-        return ready
+        others = wait(-1.0 if timeout is None else math.ceil(max(timeout, 0.0) * 1e3) * 1e-3)
+        while not others and not self.disturbed:
+            left = until - time.monotonic()
+            if left <= 0:
+                break
+            others = wait(-1.0 if timeout is None else math.ceil(left * 1e3) * 1e-3)
+        return [(key, mask) for fd, events in others if (key := self._keys.get(fd)) and (mask := _found(key, events))]
 
     def close(self) -> None:
         self.poller.epoll.close()
@@ -202,26 +204,56 @@ def _number(fileobj: Any) -> int:
     return fileobj if isinstance(fileobj, int) else int(fileobj.fileno())
 
 
+def _found(key: selectors.SelectorKey, events: int) -> int:
+    mask = selectors.EVENT_WRITE if events & ~select.EPOLLIN else 0
+    if events & ~select.EPOLLOUT:
+        mask |= selectors.EVENT_READ
+    return mask & key.events
+
+
 def _mask(events: int) -> int:
     mask = select.EPOLLIN if events & selectors.EVENT_READ else 0
     return mask | (select.EPOLLOUT if events & selectors.EVENT_WRITE else 0)
 
 
-_pollers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, EpollPoller] = weakref.WeakKeyDictionary()
+class PollerLoop(asyncio.SelectorEventLoop):
+    """asyncio's event loop, which waits on the epoll object of its poller, and comes back only when it has to."""
+
+    def __init__(self) -> None:
+        self._events = PollerSelector()
+        super().__init__(self._events)
+
+    @property
+    def poller(self) -> EpollPoller:
+        return self._events.poller
+
+    def call_soon(self, *args: Any, **kwargs: Any) -> asyncio.Handle:  # type: ignore[override]
+        self._events.disturbed = True
+        return super().call_soon(*args, **kwargs)
+
+    def call_at(self, *args: Any, **kwargs: Any) -> asyncio.TimerHandle:  # type: ignore[override]
+        self._events.disturbed = True
+        return super().call_at(*args, **kwargs)
+
+    def stop(self) -> None:
+        self._events.disturbed = True
+        super().stop()
+
+
+_nested: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, EpollPoller] = weakref.WeakKeyDictionary()
 
 
 def make_event_loop() -> asyncio.AbstractEventLoop:
-    """asyncio's event loop, waiting on the epoll object of its poller."""
-    selector = PollerSelector()
-    loop = asyncio.SelectorEventLoop(selector)
-    _pollers[loop] = selector.poller
-    return loop
+    """An event loop with a poller of its own."""
+    return PollerLoop()
 
 
 def poller_of(loop: asyncio.AbstractEventLoop) -> EpollPoller:
     """The poller beside a loop. A loop that `make_event_loop` did not make watches the epoll object of a new one."""
-    poller = _pollers.get(loop)
+    if isinstance(loop, PollerLoop):
+        return loop.poller
+    poller = _nested.get(loop)
     if poller is None:
-        poller = _pollers[loop] = EpollPoller(nested=True)
+        poller = _nested[loop] = EpollPoller(nested=True)
         loop.add_reader(poller.epoll.fileno(), poller.wait, 0.0)
     return poller
