@@ -113,9 +113,9 @@ class Segments(FlowKey):
         self.last_ack_sent = rx.nxt
 
     def _stamp_option(self, now: float) -> bytes:
-        return tcp.TIMESTAMPS.pack(tcp.TIMESTAMP_LEAD, self._stamp(now), self.stamp_recent)
+        return tcp.TIMESTAMPS.pack(tcp.TIMESTAMP_LEAD, self.stamp(now), self.stamp_recent)
 
-    def _stamp(self, now: float) -> int:
+    def stamp(self, now: float) -> int:
         """TSval: milliseconds from an offset of the flow's own (RFC 7323 section 5.4)."""
         return (int(now * 1000) + self.stamp_offset) & MASK
 
@@ -127,7 +127,7 @@ class Segments(FlowKey):
         blocks = rx.reassembly.sack_blocks(3 if self.timestamps else 4)
         options = tcp.pack_options(
             tcp.Options(
-                timestamps=(self._stamp(now), self.stamp_recent) if self.timestamps else None,
+                timestamps=(self.stamp(now), self.stamp_recent) if self.timestamps else None,
                 sack=tuple((left & MASK, right & MASK) for left, right in blocks),
             )
         )
