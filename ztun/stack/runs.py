@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ztun.wire import udp
+
 RUN = 64  # datagrams: UDP_MAX_SEGMENTS of linux/udp.h before 6.9
 _RUN_BYTES = 64000  # of payload, which leaves room for what a proxy wants in front of each
 
@@ -24,41 +26,39 @@ def split(payload: memoryview, size: int) -> list[memoryview]:
 class UdpFlow:
     """What one flow brought within this batch. deliver(payloads, now) gets it as runs, in order.
 
-    waiting: where to note that there is something to flush.
+    waiting: where to note that there is something to flush. payloads is the run so far; it can take `room` more
+    datagrams whose length, the UDP header's 8 bytes included, is `length`, which the stack appends by itself.
     """
 
-    __slots__ = ("_deliver", "_payloads", "_room", "_size", "_waiting")
+    __slots__ = ("_deliver", "_waiting", "length", "payloads", "room")
 
     def __init__(self, deliver: Deliver, waiting: list[UdpFlow]) -> None:
         self._deliver = deliver
         self._waiting = waiting
-        self._payloads: list[bytes] = []
-        self._size = 0
-        self._room = 0  # how many more the run can take
+        self.payloads: list[bytes] = []
+        self.length = 0
+        self.room = 0
 
     def add(self, payload: bytes, now: float) -> None:
+        """Take a datagram into the run, if it fits there, or deliver that and begin another one."""
         size = len(payload)
-        if self._room:
-            if size == self._size:
-                self._room -= 1
-                self._payloads.append(payload)
-                return
-            if 0 < size < self._size:
-                self._room = 0
-                self._payloads.append(payload)
-                return
-        if self._payloads:
+        length = size + udp.LENGTH
+        if self.room and size and length <= self.length:
+            self.room = self.room - 1 if length == self.length else 0
+            self.payloads.append(payload)
+            return
+        if self.payloads:
             self.flush(now)
         else:
             self._waiting.append(self)
-        self._size = size
+        self.length = length
         # Nothing can be told from an empty datagram where the next one begins.
-        self._room = min(RUN, _RUN_BYTES // size or 1) - 1 if size else 0
-        self._payloads.append(payload)
+        self.room = min(RUN, _RUN_BYTES // size or 1) - 1 if size else 0
+        self.payloads.append(payload)
 
     def flush(self, now: float) -> None:
         """Deliver what there is."""
-        payloads, self._payloads = self._payloads, []
-        self._room = 0
+        payloads, self.payloads = self.payloads, []
+        self.room = 0
         if payloads:
             self._deliver(payloads, now)
