@@ -28,7 +28,7 @@ class StackSettings:
     max_rto: float = 60.0
     syn_retries: int = 5
     data_retries: int = 10  # R2 as a count (RFC 9293 section 3.8.3); about 220 s with these times
-    user_timeout: float = 300.0  # R2 in seconds without any progress (RFC 9293 section 3.9.1.2: five minutes)
+    user_timeout: float = 300.0  # R2 in seconds without any progress (RFC 9293 section 3.9.1.1: five minutes)
     delayed_ack: float = 0.04
     time_wait: float = 60.0
     fin_wait_2: float = 240.0  # without data from a client that we sent FIN (RFC 5382 REQ-5: at least 4 minutes)

@@ -113,8 +113,8 @@ def fragments(
 
 
 def is_unicast(address: bytes) -> bool:
-    """False for what no host on a wire has as its address, and which is never answered: unspecified, loopback, multicast
-    and broadcast addresses (RFC 1122 section 3.2.1.3, RFC 4291 section 2.5)."""
+    """False for what no host on a wire has as its address, and which is never answered: unspecified, loopback,
+    multicast and broadcast addresses (RFC 1122 section 3.2.1.3, RFC 4291 section 2.5)."""
     if len(address) == 4:
         return 0 < address[0] < 224 and address[0] != 127
     return address[0] != 0xFF and address not in _NOT_ON_A_WIRE6
