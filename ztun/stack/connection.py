@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ztun.stack.handler import Handler
-from ztun.stack.receiver import Receiver
+from ztun.stack.receiver import NO_PIECES, Receiver
 from ztun.stack.segments import Segments
 from ztun.stack.sender import Sender
 from ztun.stack.state import Closed, State
@@ -22,6 +22,7 @@ from ztun.wire.tcp import ACK, FIN, RST, SYN
 if TYPE_CHECKING:
     from ztun.stack.stack import Stack
 
+_CONTROL = ACK | FIN | RST | SYN
 _PAWS_IDLE = 24 * 86400.0  # RFC 7323 section 5.5: an idle connection's TS.Recent is no longer trusted
 
 
@@ -187,7 +188,77 @@ class Connection(Segments):
         self, seq: int, ack: int, bits: int, window: int, packet: memoryview, start: int, end: int, now: float
     ) -> bool:
         """Take one segment. seq, ack, bits, window: header fields in host order; start, end: of the TCP header and
-        payload in `packet`. Returns True when a view of the packet's buffer was kept."""
+        payload in `packet`. Returns True when a view of the packet's buffer was kept.
+
+        Nearly all are the next in line, on a connection that misses nothing: for them a few comparisons are enough.
+        """
+        payload = start + (bits >> 10 & 0x3C)
+        rx, tx = self.rx, self.tx
+        una, nxt = tx.una, rx.nxt
+        step = (ack - una) & MASK
+        length = end - payload
+        if (
+            self.state is not State.ESTABLISHED
+            or bits & _CONTROL != ACK
+            or seq != nxt & MASK
+            or payload - start != self._usual_header
+            or length < 0
+            or step > tx.nxt - una
+            or not (step or length)
+            or length > rx.edge - nxt
+            or rx.fin is not None
+            or rx.reassembly is not NO_PIECES
+            or tx.loss is not None
+            or not window
+            or not tx.wnd
+            or tx.rtt.backed_off
+            or (length and self.stack.memory.used >= self.stack.memory.limit)
+        ):
+            return self._receive_any(seq, ack, bits, window, packet, start, end, now)
+        if self.timestamps:
+            lead, value, _ = tcp.TIMESTAMPS.unpack_from(packet, start + 20)
+            if lead != tcp.TIMESTAMP_LEAD or (value - self.stamp_recent) & 0x80000000:
+                return self._receive_any(seq, ack, bits, window, packet, start, end, now)
+            if nxt == self.last_ack_sent:  # RFC 7323 section 4.3
+                self.stamp_recent = value
+                self._stamp_recent_at = now
+        self.last_heard = self.last_data = now
+        self._probes = 0
+        window <<= self.scale
+        grew = window > tx.wnd
+        tx.set_window(window, nxt, una + step)
+        if step:
+            tx.advance(una + step, now)
+        if step or grew:
+            assert self.handler is not None
+            self.handler.writable(now)
+            if self.is_closed:
+                return False
+        return length > 0 and self._take_next(packet[payload:end], length, now)
+
+    def _take_next(self, payload: memoryview, length: int, now: float) -> bool:
+        """Deliver what is next in line, while nothing else is kept that would come after it."""
+        rx = self.rx
+        rx.nxt += length
+        rx.unacknowledged += length
+        if rx.unacknowledged >= 2 * rx.mss:
+            rx.ack_now = True
+        self.received += length
+        rx.held += length
+        assert self.handler is not None
+        kept = self.handler.data(payload, now)
+        rx.held -= length - kept
+        if kept:
+            self._charge()
+        if not rx.scheduled:
+            rx.scheduled = True
+            self.stack.ack_later.append(self)
+        return kept > 0
+
+    def _receive_any(
+        self, seq: int, ack: int, bits: int, window: int, packet: memoryview, start: int, end: int, now: float
+    ) -> bool:
+        """As `receive`, whatever it is (RFC 9293 section 3.10.7)."""
         payload = start + (bits >> 10 & 0x3C)
         if payload > end or payload < start + 20:
             self.stack.drop("tcp-length")
@@ -338,15 +409,10 @@ class Connection(Segments):
         return True
 
     def _measure(self, echo: int, now: float) -> None:
-        """An echoed timestamp tells which transmission was answered, so Karn's doubt ends (RFC 7323 section 4.2).
-
-        It is no better than the time-out, though: when the answer was lost, the wait for a second one is part of it.
-        """
-        rtt = self.tx.rtt
+        """An echoed timestamp tells which transmission was answered, so Karn's doubt ends (RFC 7323 section 4.2)."""
         elapsed = (self.stamp(now) - echo) & MASK
         if elapsed < 60_000:
-            rtt.restore()
-            rtt.sample(min(elapsed / 1000, rtt.rto))
+            self.tx.end_back_off(elapsed / 1000, now)
 
     def _establish(self, seq: int, ack: int, now: float) -> None:
         self.state = State.ESTABLISHED
@@ -382,7 +448,7 @@ class Connection(Segments):
         rx = self.rx
         if seq != rx.nxt:
             if seq > rx.nxt:
-                kept = not self.stack.memory_is_full() and rx.reassembly.insert(seq, payload[: max(rx.edge - seq, 0)])
+                kept = not self.stack.memory_is_full() and rx.keep(seq, payload[: max(rx.edge - seq, 0)])
                 self._charge()
                 self._emit_ack(now)  # a gap is told at once (RFC 5681 section 4.2)
                 return kept
@@ -399,7 +465,7 @@ class Connection(Segments):
         kept = self._deliver(payload, now)
         if rx.reassembly:
             rx.ack_now = True  # and so is a gap that was filled
-            while not self.is_closed and (piece := rx.reassembly.take(rx.nxt)) is not None:
+            while not self.is_closed and (piece := rx.take_piece()) is not None:
                 self._deliver(piece, now)
             self._charge()
         self._acknowledge_later()

@@ -7,6 +7,7 @@ from ztun.stack.reassembly import Reassembly
 # So many out-of-order pieces are held: one for each so many bytes of buffer, but at least so many.
 _BYTES_PER_PIECE = 512
 _PIECES = 256
+NO_PIECES = Reassembly(0)  # of every connection that misses nothing, which is nearly all, nearly always
 
 
 class Receiver:
@@ -26,7 +27,7 @@ class Receiver:
         self.held = 0  # bytes that the handler has and could not pass on yet
         self.charged = 0  # bytes that the stack's memory account has for this half
         self.fin: int | None = None  # sequence number of the peer's FIN once it was seen
-        self.reassembly = Reassembly(max(capacity // _BYTES_PER_PIECE, _PIECES))
+        self.reassembly = NO_PIECES
         self.unacknowledged = 0  # bytes received since the last ACK
         self.ack_now = False
         self.ack_at: float | None = None  # when a delayed ACK is due
@@ -72,6 +73,19 @@ class Receiver:
             # and lost something of it, and they must count.
             return self.nxt <= seq <= self.edge
         return seq < self.edge and seq + length > self.nxt
+
+    def keep(self, seq: int, payload: memoryview) -> bool:
+        """Hold on to bytes behind a gap. See Reassembly.insert."""
+        if self.reassembly is NO_PIECES:
+            self.reassembly = Reassembly(max(self.capacity // _BYTES_PER_PIECE, _PIECES))
+        return self.reassembly.insert(seq, payload)
+
+    def take_piece(self) -> memoryview | None:
+        """The bytes that are next in line now that a gap is filled."""
+        piece = self.reassembly.take(self.nxt)
+        if not self.reassembly:
+            self.reassembly = NO_PIECES
+        return piece
 
     def count(self, length: int) -> None:
         """`length` in-order bytes arrived: at least every second full segment is acknowledged (RFC 5681 4.2)."""

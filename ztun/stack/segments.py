@@ -29,6 +29,7 @@ class Segments(FlowKey):
     __slots__ = (
         "_challenge_at",
         "_scaled",
+        "_usual_header",
         "client_mss",
         "header",
         "iss",
@@ -53,6 +54,7 @@ class Segments(FlowKey):
         self.iss = iss
         self.header = FlowHeader(reverse(key), stack.settings.hop_limit, stack.settings.traffic_class)
         self.timestamps = options.timestamps is not None
+        self._usual_header = 20 + _TS_OPTIONS if self.timestamps else 20  # bytes, of a segment without other options
         self.sack_permitted = options.sack_permitted
         self.scale = options.window_scale or 0
         self.client_mss = max(options.mss or (_DEFAULT_MSS6 if len(key) == 36 else _DEFAULT_MSS4), _MINIMUM_MSS)
@@ -105,12 +107,18 @@ class Segments(FlowKey):
     def emit(self, seq: int, flags: int, payload: int, views: list[memoryview], now: float) -> None:
         """Put one segment into the outbox, with the ACK and the window of this moment."""
         rx = self.rx
+        nxt = rx.nxt
         window = rx.window() >> rx.scale
-        options = self._stamp_option(now) if self.timestamps else b""
-        header = self.header.pack(seq, rx.nxt, flags, window, options, payload)
-        self.stack.outbox.append((header, *views))
-        rx.acknowledged()
-        self.last_ack_sent = rx.nxt
+        if self.timestamps:
+            stamp = (int(now * 1000) + self.stamp_offset) & MASK
+            options = tcp.TIMESTAMPS.pack(tcp.TIMESTAMP_LEAD, stamp, self.stamp_recent)
+        else:
+            options = b""
+        self.stack.outbox.append((self.header.pack(seq, nxt, flags, window, options, payload), *views))
+        rx.unacknowledged = 0
+        rx.ack_now = False
+        rx.ack_at = None
+        self.last_ack_sent = nxt
 
     def _stamp_option(self, now: float) -> bytes:
         return tcp.TIMESTAMPS.pack(tcp.TIMESTAMP_LEAD, self.stamp(now), self.stamp_recent)
