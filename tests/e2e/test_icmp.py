@@ -70,6 +70,27 @@ def test_a_client_that_closed_its_socket_is_noticed(lab: Lab, any_ztun: Ztun, ad
         assert sock.recv(100) == b"again"
 
 
+def test_the_other_flows_of_its_port_go_on(lab: Lab, any_ztun: Ztun) -> None:
+    """A connected socket takes datagrams of its peer only, and its kernel refuses those of others for it."""
+    whoami, echo = (plan.SITE4, plan.WHOAMI_PORT), (plan.SITE4, plan.ECHO_PORT)
+    with lab.client.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(3)
+
+        def ask(peer: tuple[str, int], text: bytes) -> bytes:
+            sock.connect(peer)
+            sock.send(text)
+            return sock.recv(2000)
+
+        seen_as = ask(whoami, b"?")
+        before = any_ztun.status()["drops"].get("icmp-port", 0)
+        sock.connect(echo)
+        sock.send(b"too late")
+        sock.connect(whoami)
+        assert wait_until(lambda: any_ztun.status()["drops"].get("icmp-port", 0) == before + 1)
+        assert ask(whoami, b"?") == seen_as
+        assert ask(echo, b"wanted again") == b"wanted again"
+
+
 def test_fragments_of_a_broken_datagram_are_not_put_together(lab: Lab, any_ztun: Ztun) -> None:
     """Overlaps (RFC 5722), from a raw socket."""
     before = any_ztun.status()["drops"].get("ip-fragment-overlap", 0)
