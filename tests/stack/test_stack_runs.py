@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 
 import packets
 import pytest
@@ -151,40 +150,49 @@ def test_where_a_run_ends(sizes: list[int], runs: list[list[int]]) -> None:
     assert delivered(sizes) == runs
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), SIZES), max_size=150), st.sets(st.integers(0, 150)))
-def test_runs_hold_what_was_read_in_order(read: list[tuple[int, int]], ends: set[int]) -> None:
-    """Three flows in turns, batches that end anywhere: without merging, each flow's list would be the same."""
-    sent: dict[int, list[bytes]] = {flow: [] for flow in range(3)}
-    got: dict[int, list[bytes]] = {flow: [] for flow in range(3)}
-    waiting: list[UdpFlow] = []
+class Flows(Owner):
+    """Keeps what every flow brings apart, by the client's port, and looks at each run."""
 
-    def taker(flow: int) -> Callable[[list[bytes], float], None]:
+    def __init__(self) -> None:
+        super().__init__()
+        self.got: dict[int, list[bytes]] = {}
+
+    def udp_received(self, datagram: Datagram, now: float) -> None:
+        got = self.got[datagram.source_port] = [bytes(datagram.payload)]
+
         def take(payloads: list[bytes], now: float) -> None:
             size = len(payloads[0])
             assert len(payloads) <= RUN
             assert all(len(payload) == size for payload in payloads[:-1])
             assert len(payloads) == 1 or 0 < len(payloads[-1]) <= size
-            got[flow] += payloads
+            got.extend(payloads)
 
-        return take
+        self.stack.add_udp_flow(datagram.key, take)
 
-    flows = [UdpFlow(taker(flow), waiting) for flow in range(3)]
+
+def bursts(parts: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """(flow, size) of each datagram, from (flow, size, how many in a row)."""
+    return [(flow, size) for flow, size, count in parts for _ in range(count if size < 2000 else 1 + count % 3)]
+
+
+BURSTS = st.lists(st.tuples(st.integers(0, 2), SIZES, st.integers(1, 70)), min_size=1, max_size=12).map(bursts)
+
+
+@given(st.sampled_from([4, 6]), BURSTS, st.sets(st.integers(0, 300), max_size=8))
+def test_runs_hold_what_was_read_in_order(family: int, read: list[tuple[int, int]], ends: set[int]) -> None:
+    """Three flows in turns, batches that end anywhere: without merging, each flow's list would be the same."""
+    owner = Flows()
+    sent: dict[int, list[bytes]] = {}
     payloads = numbered([size for _, size in read])
-    for number, (flow, _) in enumerate(read):
-        payload = payloads[number]
-        sent[flow].append(payload)
-        flows[flow].add(payload, 1.0)
+    for number, (port, _) in enumerate(read):
+        packet = packets.udp_packet(CLIENT[family], SERVER[family], (port, 53), payloads[number])
+        owner.reads(packet)
+        sent.setdefault(port, []).append(payloads[number])
         if number in ends:
-            _end_batch(waiting)
-            assert got == sent
-    _end_batch(waiting)
-    assert got == sent
-
-
-def _end_batch(waiting: list[UdpFlow]) -> None:
-    for flow in waiting:
-        flow.flush(1.0)
-    waiting.clear()
+            owner.stack.flush(1.0)
+            assert owner.got == sent
+    owner.stack.flush(1.0)
+    assert owner.got == sent
 
 
 # Out.
