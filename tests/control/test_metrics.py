@@ -35,6 +35,12 @@ STATUS: dict[str, Any] = {
         "office": {"type": "socks5", "dials": 9, "failures": {"timed out": 2}, "drops": {}},
         "di\\rect\n": {"type": "direct", "dials": 1, "failures": {}, "drops": {'say "no"': 4}},
     },
+    "network": {
+        "state": "up",
+        "egress": [{"to": "ipv4", "state": "up"}, {"to": "office", "state": "down"}],
+        "lan": [{"name": "eth1", "state": "absent"}],
+        "events": {"link": 7},
+    },
     "drops": {"tcp-window": 5, "internal-error": 0},
     "log": {"written": 7, "suppressed": 0, "dropped": 1, "fault": "No space left on device"},
 }
@@ -73,6 +79,9 @@ def test_texts_are_labels_flags_and_a_state() -> None:
 
     assert found["ztun_info", "tcx", "4711", "0.1.0"] == 1
     assert [state for state in metrics.STATES if found["ztun_state", state]] == ["running"]
+    assert found["ztun_network_up",] == 1
+    assert (found["ztun_network_egress_up", "ipv4"], found["ztun_network_egress_up", "office"]) == (1, 0)
+    assert found["ztun_network_lan_up", "eth1"] == 0
     assert found["ztun_capture_fallback",] == 0
     assert found["ztun_log_faulty",] == 1
 
@@ -89,8 +98,8 @@ def test_names_follow_the_rules() -> None:
     for row in metrics.ROWS:
         assert re.fullmatch(r"ztun(_[a-z0-9]+)+", row.name)
         assert not row.name.endswith("_total")
-        assert row.type in ("counter", "gauge", "flag")
-        assert row.help[0].isupper() or row.help[0] == "1"
+        assert row.type in ("counter", "gauge", "flag", "up")
+        assert row.help[0].isupper() or row.help[0] in "01"
         assert not row.help.endswith(".")
 
 
@@ -103,7 +112,12 @@ def documented() -> Iterator[tuple[str, str, list[str], str]]:
 
 def test_the_document_and_the_code_say_the_same() -> None:
     coded = [
-        (row.name, row.type.replace("flag", "gauge"), re.findall(r"\{(\w+)\}", row.path), row.help)
+        (
+            row.name,
+            {"flag": "gauge", "up": "gauge"}.get(row.type, row.type),
+            re.findall(r"\{(\w+)\}", row.path),
+            row.help,
+        )
         for row in metrics.ROWS
     ]
 

@@ -25,9 +25,11 @@ STATES = ("starting", "running", "paused", "stopping")
 
 
 class Row(NamedTuple):
-    """One metric. type: "counter", "gauge", or "flag" for a gauge that is 1 while there is such a text.
+    """One metric.
 
-    path: where its value stands in the status; "{label}" stands for every key there, and becomes that label.
+    type: "counter", "gauge"; for a gauge of 0 or 1: "flag" while there is such a text, "up" while that text is "up".
+    path: where its value stands in the status; "{label}" stands for every key there, or for the `label` of every
+    object in a list, and becomes that label.
     """
 
     name: str
@@ -58,11 +60,16 @@ ROWS = (
     Row("ztun_buffers_freed", "counter", "pool.freed", "Buffers that the pool let go"),
     Row("ztun_buffers_free", "gauge", "pool.free", "Buffers in the pool"),
     Row("ztun_outbound_dials", "counter", "outbounds.{outbound}.dials", "Connections and datagram links asked for"),
+    Row("ztun_outbound_dialling", "gauge", "outbounds.{outbound}.dialling", "Dials that are under way"),
     Row("ztun_outbound_connections_active", "gauge", "outbounds.{outbound}.active", "Connections that live"),
     Row("ztun_outbound_datagram_links", "gauge", "outbounds.{outbound}.datagram_links", "Datagram links that are open"),
     Row("ztun_outbound_failures", "counter", "outbounds.{outbound}.failures.{reason}", "Dials that failed"),
     Row("ztun_outbound_drops", "counter", "outbounds.{outbound}.drops.{reason}", "Datagrams it could not carry"),
     Row("ztun_drops", "counter", "drops.{reason}", "Packets from clients that were dropped"),
+    Row("ztun_network_up", "up", "network.state", "0 while there is no way out, and everything is paused"),
+    Row("ztun_network_egress_up", "up", "network.egress.{to}.state", "1 for a family or proxy whose way out is up"),
+    Row("ztun_network_lan_up", "up", "network.lan.{name}.state", "1 for a captured interface that is up"),
+    Row("ztun_network_events", "counter", "network.events.{event}", "What the kernel told of the network"),
     Row("ztun_device_reads", "counter", "device.read", "Packets read from the TUN device"),
     Row("ztun_device_writes", "counter", "device.written", "Packets written to the TUN device"),
     Row("ztun_device_writes_refused", "counter", "device.refused", "Packets that the TUN device did not take"),
@@ -98,8 +105,14 @@ def _family(row: Row, samples: Iterable[tuple[list[str], Any]]) -> Metric:
     kind = CounterMetricFamily if row.type == "counter" else GaugeMetricFamily
     family = kind(row.name, row.help, labels=labels)
     for values, found in samples:
-        family.add_metric(values, float(found is not None) if row.type == "flag" else float(found))
+        family.add_metric(values, _number(row, found))
     return family
+
+
+def _number(row: Row, found: Any) -> float:
+    if row.type == "up":
+        return float(found == "up")
+    return float(found is not None) if row.type == "flag" else float(found)
 
 
 def _find(holder: Any, path: list[str]) -> Iterator[tuple[list[str], Any]]:
@@ -108,6 +121,8 @@ def _find(holder: Any, path: list[str]) -> Iterator[tuple[list[str], Any]]:
         yield [], holder
         return
     part, rest = path[0], path[1:]
+    if isinstance(holder, list):
+        holder = {item.get(part[1:-1]): item for item in holder if isinstance(item, Mapping)}
     if not isinstance(holder, Mapping):
         return
     if not part.startswith("{"):
