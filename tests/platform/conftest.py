@@ -1,9 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
 
 import pytest
 from lan_world import Bench, World
+
+from ztun import platform
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Every asynchronous test runs on ztun's own loop, and on one that has the poller beside it."""
+    return {"poller": platform.make_event_loop, "asyncio": asyncio.new_event_loop}
 
 
 @pytest.fixture

@@ -171,9 +171,6 @@ class PollerSelector(selectors.BaseSelector):
         self.poller.epoll.close()
         self._keys.clear()
 
-    def get_key(self, fileobj: Any) -> selectors.SelectorKey:
-        return self._keys[_number(fileobj)]
-
     def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
         return self._map
 
