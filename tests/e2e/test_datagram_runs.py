@@ -151,3 +151,22 @@ def test_a_flood_towards_a_client_keeps_its_order(lab: Lab, any_ztun: Ztun) -> N
             pass
     assert numbers == sorted(numbers)
     assert len(set(numbers)) == len(numbers) > 1000
+
+
+def is_refused(sock: socket.socket, payloads: Sequence[bytes]) -> bool:
+    """Whether sending brings "connection refused" within seconds; kernels limit how often they say so."""
+    for _ in range(30):
+        try:
+            send_together(sock, payloads)
+            time.sleep(0.1)
+        except ConnectionRefusedError:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("host", [plan.SHARED4, plan.SHARED6], ids=["direct-v4", "direct-v6"])
+@pytest.mark.parametrize("count", [1, 10])
+def test_where_nobody_listens_the_client_hears_of_it(lab: Lab, any_ztun: Ztun, host: str, count: int) -> None:
+    with udp_socket(lab.client, host) as sock:
+        sock.connect((host, plan.CLOSED_PORT))
+        assert is_refused(sock, numbered([100] * count))

@@ -88,8 +88,13 @@ class UdpSocket:
                 return
             some = payloads[at : at + step]
             if len(some) == 1 or not self._send_cut(header, some, size, address):
-                for payload in some:
-                    self.send([header, payload], address)
+                self._send_singly(header, some, address)
+
+    def _send_singly(self, header: bytes, payloads: Sequence[Buffer], address: Address | None) -> None:
+        for payload in payloads:
+            if self.closed:  # by who was told of an error
+                return
+            self.send([header, payload], address)
 
     def _send_cut(self, header: bytes, payloads: Sequence[Buffer], size: int, address: Address | None) -> bool:
         """Send several datagrams with one call. False when they are to be sent one by one."""
