@@ -17,7 +17,7 @@ _FLOWS = 80
 
 
 class Hoarder:
-    """An outbound that takes nothing: the relay keeps all of it, as views."""
+    """An outbound that takes nothing: what little comes is copied, else the view is kept, as the relay does."""
 
     def __init__(self) -> None:
         self.kept: list[memoryview] = []
@@ -26,7 +26,7 @@ class Hoarder:
         pass
 
     def data(self, payload: memoryview, now: float) -> int:
-        self.kept.append(payload)
+        self.kept.append(payload if len(payload) >= 8192 else memoryview(bytes(payload)))
         return len(payload)
 
     def eof(self, now: float) -> None:
