@@ -37,6 +37,28 @@ def test_a_segment_that_acknowledges_what_is_old_brings_no_window(client: Client
     client.hears(ACK, ack=9)
 
 
+def test_an_ack_may_be_as_old_as_the_largest_window_was(client: Client) -> None:
+    """RFC 5961 section 5.2: SND.UNA - MAX.SND.WND =< SEG.ACK, whatever the window is by now."""
+    client.window = 1000  # 256,000 bytes
+    app = client.connects(mss=1000, wscale=8)
+    app.conn.tx.cc.cwnd = 1 << 20
+    app.conn.tx.last_send = client.net.now
+    app.sends(bytes(300_000))
+    client.hears_all()
+    client.acknowledges()
+    client.hears_all()
+    client.acknowledges(window=4)
+    assert client.expected == 300_001
+    client.says(ACK, b"late", ack=300_001 - 256_000)
+    assert app.received == b"late"
+    client.waits(0.05)
+    client.hears(ACK, ack=5)
+    client.says(ACK, b"forged", ack=300_000 - 256_000)
+    client.hears(ACK, ack=5)
+    assert app.received == b"late"
+    assert client.dropped("tcp-ack") == 1
+
+
 def test_what_waits_out_of_order_ends_at_the_edge_too(talk: Callable[..., Client]) -> None:
     client = talk(receive_buffer=20000)
     app = client.connects(sack_ok=True)

@@ -127,6 +127,24 @@ def test_the_first_two_duplicates_let_new_data_go(client: Client) -> None:
     client.net.sent.clear()
 
 
+def test_a_partial_ack_takes_from_the_window_what_it_covers(client: Client) -> None:
+    """RFC 6582 section 3.2 step 3: so many duplicates have said that they left the network."""
+    app = client.connects(mss=1000, wscale=8)
+    avoids_congestion(app, 40_000)
+    app.sends(bytes(200_000))
+    client.hears_all()
+    for _ in range(39):
+        client.acknowledges(1)
+    client.net.sent.clear()
+    flight = app.conn.tx.nxt - app.conn.tx.una
+    client.acknowledges(20_001)  # the first of the twenty was lost, and so was the next
+    heard = [client.hears(ACK) for _ in range(len(client.net.sent))]
+    assert heard[0].seq - client.net.iss == 20_001
+    assert sum(len(one.payload) for one in heard) <= 3000
+    assert flight > 40_000
+    client.net.sent.clear()
+
+
 # Timers (RFC 6298, RFC 8985, RFC 9293 section 3.8.3).
 
 

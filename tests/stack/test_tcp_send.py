@@ -215,7 +215,7 @@ def test_a_small_buffer_is_filled_by_halves(client: Client) -> None:
     app = client.connects(mss=1000)
     client.window = 600
     client.acknowledges()
-    client.conn.tx._max_wnd = 600
+    client.conn.tx.max_wnd = 600
     app.sends(bytes(3000))
     client.hears(ACK, size=600)
     client.acknowledges(window=200)

@@ -376,7 +376,7 @@ class Connection(Segments):
                 self._emit_reset(ack, None)
                 return False
             self._establish(seq, ack, now)
-        elif ack > tx.nxt or ack < max(tx.una - max(tx.wnd, 1 << 16), self.iss + 1):
+        elif ack > tx.nxt or ack < max(tx.una - tx.max_wnd, self.iss + 1):
             self.stack.drop("tcp-ack")
             self._challenge(now)
             return False

@@ -42,10 +42,10 @@ class Sender:
     """
 
     __slots__ = (
-        "_conn", "_give_up_at", "_limited", "_max_wnd", "_probing", "_retransmit_at", "_timed_at", "_timed_from",
+        "_conn", "_give_up_at", "_limited", "_probing", "_retransmit_at", "_timed_at", "_timed_from",
         "_timed_seq", "_timer", "_wl1", "_wl2", "calm", "cc", "fin_queued", "has_sack", "largest", "last_send",
-        "last_step", "limit", "loss", "mss", "nxt", "patience", "queue", "recover", "recover_from", "retransmits",
-        "retries", "rto_at", "rtt", "una", "wnd",
+        "last_step", "limit", "loss", "max_wnd", "mss", "nxt", "patience", "queue", "recover", "recover_from",
+        "retransmits", "retries", "rto_at", "rtt", "una", "wnd",
     )  # fmt: skip
 
     def __init__(self, conn: Connection, first: int, mss: int) -> None:
@@ -58,7 +58,7 @@ class Sender:
         self.limit = settings.send_buffer
         self.has_sack = conn.sack_permitted
         self.wnd = 0
-        self._max_wnd = 0
+        self.max_wnd = 0  # the largest that the peer ever had: MAX.SND.WND
         self._probing = False  # the one octet in flight was sent into a shut window
         self.cc = NewReno(mss)
         self.rtt = RttEstimator(settings.initial_rto, settings.min_rto, settings.max_rto)
@@ -181,7 +181,7 @@ class Sender:
         count = min(unsent, room, self.largest)
         # Silly window avoidance (RFC 9293 section 3.8.6.2.1): what is less than a segment waits, unless it is all there
         # is or half of the largest window the peer ever had.
-        if count <= 0 or (count < unsent and count < self.mss and 2 * count < self._max_wnd):
+        if count <= 0 or (count < unsent and count < self.mss and 2 * count < self.max_wnd):
             self._limited = self.cc.cwnd <= self.wnd
             return False
         if self.mss < count < unsent:
@@ -257,8 +257,8 @@ class Sender:
         """Take the peer's window unless the segment is older than the one that set it (RFC 9293 section 3.10.7.4)."""
         if seq > self._wl1 or (seq == self._wl1 and ack >= self._wl2):
             self.wnd = window
-            if window > self._max_wnd:
-                self._max_wnd = window
+            if window > self.max_wnd:
+                self.max_wnd = window
             self._wl1, self._wl2 = seq, ack
 
     def acknowledge(
