@@ -104,7 +104,9 @@ async def _negotiate(sock: socket.socket, dialogue: Dialogue) -> str:
         sock.close()
         over.set_result("done")
 
-    Dial(dialler, "", 0, dialogue, connected, lambda error: over.set_result(error.failure.name)).adopt(copy)
+    dial = Dial(dialler, "", 0, dialogue, connected, lambda error: over.set_result(error.failure.name))
+    dialler.poller.watch(copy.fileno(), lambda mask: None)
+    dial.adopt(copy)
     async with asyncio.timeout(5):
         return await over
 

@@ -285,6 +285,8 @@ class Instance:
             dns.resolve,
             self.settings.timeouts.dial,
             round(self.settings.pool.keepalive_interval),
+            self.settings.pool.warmup,
+            self.settings.pool.size,
         )
         outbounds = make_outbounds(specs, tools)
         for outbound in outbounds.values():
@@ -324,6 +326,8 @@ class Instance:
         assert self._classifier is not None
         self._beat()
         self._classifier.attach()
+        for outbound in self._outbounds.values():
+            outbound.warm_up()
 
     def _keep_up(self, monitor: NetworkMonitor) -> None:
         """Follow the network from now on."""

@@ -259,6 +259,9 @@ class DatagramLink(Protocol):
 class Dialling(Protocol):
     """A connection that is being made."""
 
+    @property
+    def over(self) -> bool: ...
+
     def cancel(self) -> None:
         """Close what was opened; no callback comes any more. Without effect when it is over."""
         ...
@@ -296,6 +299,14 @@ class Outbound(Protocol):
         the link lives on; without it the next `send` to that destination raises.
         Raises OutboundError, with Failure.UNSUPPORTED where the proxy cannot carry datagrams.
         """
+        ...
+
+    def warm_up(self) -> None:
+        """Flows are about to come: make what can wait for them."""
+        ...
+
+    def forget_connections(self) -> None:
+        """The network changed: what waits may lead nowhere."""
         ...
 
     async def close(self) -> None: ...

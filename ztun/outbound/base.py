@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from ztun.outbound import tcp
 from ztun.outbound.dial import Dial, Dialogue, Stage
+from ztun.outbound.pool import WarmPool
 from ztun.ports import (
     Connected,
     DatagramHandler,
@@ -42,7 +43,8 @@ class Tools:
     """What outbounds are made with.
 
     poller: tells of their sockets; factory: makes them; resolve: the real addresses of a name; dial_timeout: seconds
-    for a whole dial, resolving and negotiating included; keepalive_interval: seconds, of connections to a proxy.
+    for a whole dial, resolving and negotiating included; keepalive_interval: seconds, of connections to a
+    proxy; warm, warm_most: how many of those wait for a flow, see WarmPool, which 0 turns off.
     """
 
     poller: Poller
@@ -50,6 +52,8 @@ class Tools:
     resolve: Resolve
     dial_timeout: float
     keepalive_interval: int = 75
+    warm: int = 0
+    warm_most: int = 64
 
 
 class BaseOutbound:
@@ -82,12 +86,15 @@ class BaseOutbound:
 
     def _start(self, dial: Dial, addresses: Sequence[str]) -> Dial:
         """Begin. addresses: of its host, where they are known."""
+        self._admit(dial)
+        dial.start(addresses, self._addresses_of)
+        return dial
+
+    def _admit(self, dial: Dial) -> None:
         self.dials += dial.counted
         self._deadlines[dial] = time.monotonic() + self._dial_timeout
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._dial_timeout, self._look_at_deadlines)
-        dial.start(addresses, self._addresses_of)
-        return dial
 
     def _refuse(self, error: OutboundError, failed: Failed) -> Dialling:
         """A dial that failed before it began."""
@@ -157,6 +164,12 @@ class BaseOutbound:
     def _too_late(self, dial: Dial) -> OutboundError:
         raise NotImplementedError
 
+    def warm_up(self) -> None:
+        """See `ztun.ports.Outbound.warm_up`."""
+
+    def forget_connections(self) -> None:
+        """See `ztun.ports.Outbound.forget_connections`."""
+
     # Datagrams.
 
     async def open_datagrams(
@@ -217,29 +230,88 @@ class ProxyOutbound(BaseOutbound):
         self._addresses: list[str] = [host] if tcp.is_literal(host) else []
         self._known_until = float("inf") if self._addresses else 0.0
         self._server = f"proxy [{host}]:{port}" if ":" in host else f"proxy {host}:{port}"
+        self._pool: WarmPool | None = None
+        if tools.warm:
+            self._pool = WarmPool(tools.poller, tools.warm, tools.warm_most, self._begin_warm, self._probe)
 
     def dial(self, destination: Destination, connected: Connected, failed: Failed) -> Dialling:
         """See `ztun.ports.Outbound.dial`."""
+        warm = self._pool.take() if self._pool is not None else None
         try:
-            dialogue = self._dialogue(destination)
+            dialogue = self._dialogue(destination, greeted=warm is not None)
         except OutboundError as error:  # no name that a proxy could take
+            if warm is not None:
+                self.poller.closing(warm.fileno())
+                warm.close()
             return self._refuse(self._error(error.failure, f"{self._server}: {error}"), failed)
-        return self._dial(dialogue, connected, failed)
+        if warm is None:
+            return self._dial(dialogue, connected, failed)
+        dial = Dial(self, self._host, self._port, dialogue, connected, failed)
+        dial.cold = lambda: self._begin_again(dial, self._dialogue(destination))
+        self._admit(dial)
+        dial.adopt(warm)
+        return dial
+
+    def _begin_again(self, dial: Dial, dialogue: Dialogue) -> None:
+        """The connection that had waited was one that the proxy had given up: make another one."""
+        dial.dialogue = dialogue
+        dial.start(self._known_addresses(), self._addresses_of)
+
+    def _known_addresses(self) -> Sequence[str]:
+        return self._addresses if time.monotonic() < self._known_until else ()
 
     def _dial(self, dialogue: Dialogue, connected: Connected, failed: Failed, *, counted: bool = True) -> Dial:
-        known = self._addresses if time.monotonic() < self._known_until else ()
-        return self._start(Dial(self, self._host, self._port, dialogue, connected, failed, counted=counted), known)
+        dial = Dial(self, self._host, self._port, dialogue, connected, failed, counted=counted)
+        return self._start(dial, self._known_addresses())
 
-    def _dialogue(self, destination: Destination) -> Dialogue:
+    def _dialogue(self, destination: Destination, *, greeted: bool = False) -> Dialogue:
+        """What to say to the proxy. greeted: the dialogue of `_greeting` went before."""
         raise NotImplementedError
+
+    def _greeting(self) -> Dialogue | None:
+        """What can be said to the proxy before the destination is known, if anything."""
+        return None
+
+    def warm_up(self) -> None:
+        """See `ztun.ports.Outbound.warm_up`."""
+        if self._pool is not None:
+            self._pool.fill()
+
+    def forget_connections(self) -> None:
+        """See `ztun.ports.Outbound.forget_connections`."""
+        if self._pool is not None:
+            self._pool.drop()
+
+    async def close(self) -> None:
+        """See BaseOutbound.close."""
+        if self._pool is not None:
+            self._pool.close()
+        await super().close()
+
+    def statistics(self) -> dict[str, Any]:
+        """As BaseOutbound.statistics, and pool: waiting, hits, misses, lost, expired."""
+        statistics = super().statistics()
+        if (pool := self._pool) is not None:
+            statistics["pool"] = {
+                "waiting": len(pool), "hits": pool.hits, "misses": pool.misses, "lost": pool.lost,
+                "expired": pool.expired,
+            }  # fmt: skip
+        return statistics
+
+    def _begin_warm(self, connected: Connected, failed: Failed) -> Dialling:
+        dial = Dial(self, self._host, self._port, self._greeting(), connected, failed, counted=False)
+        return self._start(dial, self._known_addresses())
 
     async def _negotiated(self, dialogue: Dialogue) -> socket.socket:
         """A connection to the proxy on which `dialogue` was carried out, as a part of something else that is counted.
 
         Raises OutboundError."""
         sock = await self._wait_for(lambda connected, failed: self._dial(dialogue, connected, failed, counted=False))
-        tcp.keep_alive(sock, self._keepalive_interval)
+        self._probe(sock)
         return sock
+
+    def _probe(self, sock: socket.socket) -> None:
+        tcp.keep_alive(sock, self._keepalive_interval)
 
     async def _addresses_of(self, host: str) -> list[str]:
         """The addresses of a proxy given by name. When the name server fails, those of last time are tried."""
@@ -271,6 +343,8 @@ class ProxyOutbound(BaseOutbound):
 
 class Nothing:
     """A dial that was over before it began."""
+
+    over = True
 
     def cancel(self) -> None:
         pass

@@ -64,12 +64,12 @@ class Dial:
     """See ztun.ports.Dialling.
 
     host, port: what to connect to; dialogue: with the proxy that is there, None for the destination itself;
-    counted: in the outbound's statistics.
+    counted: in the outbound's statistics. cold: begins anew, should the proxy have given up an adopted connection.
     """
 
     __slots__ = (
-        "_address", "_connected", "_dialler", "_failed", "_fd", "_race", "_sock", "_task", "_unsent", "counted",
-        "dialogue", "host", "port", "stage",
+        "_address", "_connected", "_dialler", "_failed", "_fd", "_race", "_sock", "_task", "_unsent", "cold",
+        "counted", "dialogue", "host", "port", "stage",
     )  # fmt: skip
 
     def __init__(
@@ -97,6 +97,12 @@ class Dial:
         self._race: tcp.Race | None = None
         self._task: asyncio.Task[None] | None = None
         self._unsent = b""
+        self.cold: Callable[[], None] | None = None
+
+    @property
+    def over(self) -> bool:
+        """See ztun.ports.Dialling.over."""
+        return self.stage is Stage.OVER
 
     def start(self, addresses: Sequence[str], resolve: Callable[[str], Awaitable[Sequence[str]]]) -> None:
         """Go on as far as is possible at once; a callback may come from within.
@@ -109,11 +115,7 @@ class Dial:
             self._task = asyncio.get_running_loop().create_task(self._resolve(resolve))
 
     def adopt(self, sock: socket.socket) -> None:
-        """Go on over a socket that is connected already, and that nobody watches."""
-        self.stage = Stage.CONNECTING
-        self._sock = sock
-        self._fd = sock.fileno()
-        self._dialler.poller.watch(self._fd, self._on_event)
+        """Go on over a socket that is connected already, and watched."""
         self._established(sock)
 
     def cancel(self) -> None:
@@ -227,6 +229,7 @@ class Dial:
                     raise OutboundError(Failure.PROXY_FAILED, "it closed the connection instead of answering")
                 taken, answer = dialogue.receive(data)
                 sock.recv(taken)
+                self.cold = None
                 if answer:
                     self._send(answer)
                 if self.stage is Stage.OVER:
@@ -238,9 +241,22 @@ class Dial:
         except (BlockingIOError, InterruptedError):
             return
         except OutboundError as error:
-            self.fail(error)
+            self._break(error)
         except OSError as error:
-            self.fail(OutboundError(Failure.PROXY_FAILED, f"it broke the connection: {error.strerror}"))
+            self._break(OutboundError(Failure.PROXY_FAILED, f"it broke the connection: {error.strerror}"))
+
+    def _break(self, error: OutboundError) -> None:
+        """The dialogue failed. Nobody is to blame for what a connection does that had waited too long."""
+        again, self.cold = self.cold, None
+        if again is None or self._sock is None:
+            self.fail(error)
+            return
+        self._dialler.poller.closing(self._fd)
+        self._sock.close()
+        self._sock = None
+        self._unsent = b""
+        self.stage = Stage.RESOLVING
+        again()
 
     def _send(self, data: bytes) -> None:
         """Send all of `data`, now or as the socket takes it. A new connection has room for it, as a rule."""
@@ -251,7 +267,7 @@ class Dial:
             except (BlockingIOError, InterruptedError):
                 pass
             except OSError as error:
-                self.fail(OutboundError(Failure.PROXY_FAILED, f"it broke the connection: {error.strerror}"))
+                self._break(OutboundError(Failure.PROXY_FAILED, f"it broke the connection: {error.strerror}"))
                 return
             if data:
                 self._dialler.poller.want_write(self._fd)

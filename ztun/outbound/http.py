@@ -120,5 +120,5 @@ class HttpOutbound(ProxyOutbound):
 
     type = "http"
 
-    def _dialogue(self, destination: Destination) -> Dialogue:
+    def _dialogue(self, destination: Destination, *, greeted: bool = False) -> Dialogue:
         return HttpDialogue(destination, self._credentials)

@@ -63,22 +63,24 @@ class _State(Enum):
 class Socks5Dialogue:
     """Method negotiation, authentication and one request, sans-IO. It takes the replies to the byte.
 
-    request: see `encode_request`.
+    request: see `encode_request`; None to be done when the request is due. greeted: another one was done that far.
     """
 
     __slots__ = ("_credentials", "_message", "_request", "_state", "asked", "bound", "done")
 
-    def __init__(self, request: bytes, credentials: tuple[str, str] | None) -> None:
+    def __init__(self, request: bytes | None, credentials: tuple[str, str] | None, *, greeted: bool = False) -> None:
         self.done = False
         self.asked = False
         self.bound: tuple[str, int] = ("", 0)  # BND.ADDR and BND.PORT of the reply
         self._request = request
         self._credentials = credentials
-        self._state = _State.METHOD
+        self._state = _State.REPLY if greeted else _State.METHOD
         self._message = b""
 
     def start(self) -> bytes:
-        """The methods that we can."""
+        """The methods that we can, or the request when they were agreed upon before."""
+        if self._state is _State.REPLY:
+            return self._ask()
         if self._credentials is None:
             return bytes((_VERSION, 1, _NONE))
         return bytes((_VERSION, 2, _NONE, _USERNAME))
@@ -136,6 +138,9 @@ class Socks5Dialogue:
 
     def _ask(self) -> bytes:
         self._state = _State.REPLY
+        if self._request is None:
+            self.done = True
+            return b""
         self.asked = True
         return self._request
 
@@ -171,8 +176,11 @@ class Socks5Outbound(ProxyOutbound):
 
     type = "socks5"
 
-    def _dialogue(self, destination: Destination) -> Dialogue:
-        return Socks5Dialogue(connect_request(destination), self._credentials)
+    def _dialogue(self, destination: Destination, *, greeted: bool = False) -> Dialogue:
+        return Socks5Dialogue(connect_request(destination), self._credentials, greeted=greeted)
+
+    def _greeting(self) -> Dialogue:
+        return Socks5Dialogue(None, self._credentials)
 
     async def _open_link(
         self, on_datagram: DatagramHandler, on_failure: FailureHandler, on_unreachable: UnreachableHandler | None
