@@ -21,10 +21,12 @@ from ztun.gateway.udp_relay import UdpRelay
 from ztun.ports import Dialling, Failure, Outbound, OutboundError, PacketDevice, Poller
 from ztun.rules import DIRECT
 from ztun.stack import BufferPool, Closed, Connection, Datagram, DatagramHeader, Stack, StackSettings, reverse
+from ztun.stack.sources import SourceCounts, source_of
 from ztun.stack.state import State
 from ztun.wire.icmp import Reason
 
 _MAX_DNS_TASKS = 512
+_MAX_DNS_TASKS_PER_SOURCE = 256
 _YOUNG = 5.0  # seconds that a flow lives before its upstream connection is kept alive
 
 
@@ -129,6 +131,7 @@ class Gateway:
         self._udp = UdpRelay(self.engine, self._router, names, options.udp_idle, options.limits, self._hijacked)
         self._keepalive_interval = options.keepalive_interval
         self._dns_tasks: set[asyncio.Task[None]] = set()
+        self._dns_tasks_of = SourceCounts(_MAX_DNS_TASKS_PER_SOURCE)
         self._flows: set[Flow] = set()
         self._young: dict[Flow, float] = {}  # flows without keep-alive, the oldest first
         self._look_at_young: asyncio.TimerHandle | None = None
@@ -278,13 +281,22 @@ class Gateway:
         return await self._dns.answer(query, over_tcp=True)
 
     def _hijacked(self, datagram: Datagram) -> None:
+        source = source_of(datagram.source)
         if len(self._dns_tasks) >= _MAX_DNS_TASKS:
             self._stack.drop("dns-limit")
             return
+        if self._dns_tasks_of.is_full(source):
+            self._stack.drop("dns-limit-source")
+            return
+        self._dns_tasks_of.add(source)
         back = DatagramHeader(reverse(datagram.key))
         task = self._loop.create_task(self._answer_datagram(bytes(datagram.payload), back))
         self._dns_tasks.add(task)
-        task.add_done_callback(self._dns_tasks.discard)
+        task.add_done_callback(lambda ended: self._dns_answered(ended, source))
+
+    def _dns_answered(self, task: asyncio.Task[None], source: bytes) -> None:
+        self._dns_tasks.discard(task)
+        self._dns_tasks_of.remove(source)
 
     async def _answer_datagram(self, query: bytes, back: DatagramHeader) -> None:
         reply = await self._dns.answer(query, over_tcp=False)
