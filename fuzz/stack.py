@@ -109,7 +109,17 @@ class World:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.now = 1000.0
-        settings = StackSettings(max_connections=6, max_half_open=4, max_time_wait=3, receive_buffer=1 << 16)
+        settings = StackSettings(
+            max_connections=6,
+            max_connections_per_source=5,
+            max_half_open=4,
+            max_half_open_per_source=3,
+            max_time_wait=3,
+            receive_buffer=1 << 16,
+            max_memory=1 << 17,
+            max_fragments=1 << 16,
+            max_fragments_per_source=1 << 15,
+        )
         self.stack = Stack(self, settings, lambda key, now: 0xFFFF_F000 + key[-3], BufferPool(keep=2))
         self.open: set[App] = set()
         self.dialing: list[Connection] = []
@@ -319,6 +329,8 @@ class World:
         """Invariants between any two events."""
         stack = self.stack
         assert stack.half_open == sum(conn.state in _HALF_OPEN for conn in stack.connections.values())
+        charged = sum(conn.rx.charged + conn.queued for conn in stack.connections.values())
+        assert stack.memory.used >= charged >= 0
         assert len(stack.connections) <= stack.settings.max_connections
         for key, conn in stack.connections.items():
             tx, rx = conn.tx, conn.rx
@@ -347,6 +359,8 @@ class World:
         assert not self.stack.connections, "a connection that never ends"
         assert not self.open, "an application that is never told"
         assert self.stack.half_open == 0
+        assert self.stack.memory.used == 0, "memory that nobody holds"
+        assert self.stack.admission.sources == 0, "a source that is counted for ever"
         assert len(self.stack._fragments) == 0
         pool = self.stack.pool
         assert pool.allocated - pool.freed == len(pool), "a buffer that never comes back"

@@ -174,7 +174,7 @@ def test_nothing_is_left_of_sources_that_are_gone(talk: Callable[..., Client]) -
             one.says(SYN)
             one.says(RST, seq=1)
     assert not client.net.stack.connections
-    assert len(admission._of) == len(admission._half_open_of) == 0
+    assert admission.sources == 0
 
 
 # Memory.

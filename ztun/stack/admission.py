@@ -24,6 +24,11 @@ class Admission:
         self._of = SourceCounts(settings.max_connections_per_source)
         self._half_open_of = SourceCounts(settings.max_half_open_per_source)
 
+    @property
+    def sources(self) -> int:
+        """Of how many something is counted."""
+        return max(len(self._of), len(self._half_open_of))
+
     def objection(self, address: bytes) -> str | None:
         """The drop reason for which a SYN from this client is refused, or None."""
         settings = self._settings
