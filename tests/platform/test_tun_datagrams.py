@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from lan_world import TUN, World, packed
 
+from ztun.lab.namespace import wait_until
 from ztun.platform.linux import make_routes
 from ztun.platform.linux.tun import TunDevice, open_tun
 from ztun.stack import DatagramHeader
@@ -26,6 +28,10 @@ def device(world: World) -> Iterator[TunDevice]:
     made = open_tun(TUN, 1500)
     routes = make_routes(TUN, mtu=1500, address=OWN[4] + "/15", address6=OWN[6] + "/48")
     routes.up()
+    # The kernel takes up IPv6 on a new link a moment later, and until then drops what comes.
+    assert wait_until(lambda: all(reaches(world, made, family) for family in (4, 6)))
+    while made.recv_into(bytearray(70000)):
+        pass
     yield made
     routes.down()
     made.close()
@@ -41,6 +47,15 @@ def listener(world: World, family: int) -> socket.socket:
 def header_to(sock: socket.socket, family: int) -> DatagramHeader:
     ports = struct.pack("!HH", 53, sock.getsockname()[1])
     return DatagramHeader(packed(FAR[family]) + packed(OWN[family]) + ports)
+
+
+def reaches(world: World, device: TunDevice, family: int) -> bool:
+    with listener(world, family) as sock:
+        sock.settimeout(0.05)
+        device.send((header_to(sock, family).pack(1), b"?"))
+        with contextlib.suppress(TimeoutError):
+            return sock.recv(10) == b"?"
+    return False
 
 
 def numbered(sizes: list[int]) -> list[bytes]:
