@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pty
 import signal
+import sys
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
 
 from ztun import lifecycle
+from ztun.lab.namespace import wait_until
 from ztun.lifecycle import StopRequest, Undo, unless
 
 
@@ -35,6 +39,51 @@ async def test_under_nohup_the_end_of_the_terminal_is_ignored() -> None:
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+async def test_with_a_log_file_sighup_opens_it_again_and_stops_nothing() -> None:
+    opened = []
+    stop = StopRequest(lambda: not opened.append("again"))
+    with stop.signals():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+            await asyncio.sleep(0.05)
+        assert opened == ["again", "again"]
+        assert not stop.asked.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(stop.asked.wait(), 1)
+
+
+# With a log file, in a session of its own on a terminal of its own.
+ON_A_TERMINAL = """
+import asyncio
+from ztun.lifecycle import StopRequest
+
+async def run():
+    stop = StopRequest(lambda: print("called", flush=True) is None)
+    with stop.signals():
+        print("ready", flush=True)
+        await stop.asked.wait()
+
+asyncio.run(run())
+"""
+
+
+def test_a_terminal_that_goes_away_stops_it_even_with_a_log_file(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
+        os.execv(sys.executable, [sys.executable, "-c", ON_A_TERMINAL])
+    try:
+        assert wait_until(lambda: output.exists() and "ready" in output.read_text(), 10)
+        os.kill(pid, signal.SIGHUP)
+        assert wait_until(lambda: "called" in output.read_text(), 5)
+    finally:
+        os.close(terminal)  # the kernel hangs up: SIGHUP
+    ended: list[int] = []
+    assert wait_until(lambda: ended.append(os.waitpid(pid, os.WNOHANG)[0]) or ended[-1] == pid, 5)
+    assert output.read_text().count("called") == 1
 
 
 async def test_asking_twice_over_the_control_socket_does_not_hurry() -> None:

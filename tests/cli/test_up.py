@@ -149,7 +149,7 @@ def test_a_taken_port_53_does_not_keep_it_from_starting_by_default(lab: Lab) -> 
         instance.wait_ready()
         assert wait_until(lambda: "control" in instance.output)
 
-        assert f"[warning] not answering DNS there [ztun.app] at='{plan.GATEWAY_LAN4}:53: port 53 is" in instance.output
+        assert f'warning app: not answering DNS there at="{plan.GATEWAY_LAN4}:53: port 53 is' in instance.output
         assert f"note      no DNS on {plan.GATEWAY_LAN4}:53: port 53 is taken by " in instance.output
         assert f"(pid {os.getpid()})" in instance.output
         assert lab.dig(f"@{plan.GATEWAY_LAN6}", "site.test").startswith("198.18.")

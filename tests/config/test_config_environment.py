@@ -27,6 +27,15 @@ def test_variables_reach_every_depth_and_need_no_file() -> None:
     assert str(settings.tun.address) == "10.200.0.1/24"
 
 
+def test_variables_reach_the_log_of_a_component() -> None:
+    environ = {"ZTUN_LOG__LEVELS__STACK": "debug", "ZTUN_LOG__ROTATE__SIZE": "1MB", "ZTUN_LOG__FLOWS": "null"}
+    settings = parse({"log": {"levels": {"dns": "error"}, "rotate": {"keep": 2}}}, environ)
+    assert settings.log.levels.model_dump(exclude_none=True) == {"dns": "error", "stack": "debug"}
+    assert settings.log.rotate is not None
+    assert (settings.log.rotate.size, settings.log.rotate.keep) == (1_000_000, 2)
+    assert settings.log.flows is None
+
+
 def test_lists_are_written_with_commas_or_as_json() -> None:
     environ = {"ZTUN_CAPTURE__LAN": "eth1, eth2", "ZTUN_DNS__LISTEN": '["10.0.0.1:53", "[2001:db8::1]:53"]'}
     settings = load(None, environ)

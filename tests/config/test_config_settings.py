@@ -190,3 +190,36 @@ def test_ranges_of_ports_and_sources_reach_the_rules() -> None:
     assert rules.decide(FlowInfo("udp", inside, bytes([192, 0, 2, 1]), None, 8500)).outbound == "block"
     assert rules.decide(FlowInfo("udp", outside, bytes([192, 0, 2, 1]), None, 8500)).outbound == "direct"
     assert rules.decide(FlowInfo("udp", inside, bytes([192, 0, 2, 1]), None, 81)).outbound == "direct"
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (4096, 4096),
+        ("65536", 65536),
+        ("10MB", 10_000_000),
+        ("10 MiB", 10_485_760),
+        ("2gb", 2 * 10**9),
+    ],
+)
+def test_the_size_of_a_log_file_may_have_a_unit(size: object, expected: int) -> None:
+    settings = parse({"log": {"rotate": {"size": size}}})
+    assert settings.log.rotate is not None
+    assert (settings.log.rotate.size, settings.log.rotate.keep) == (expected, 5)
+
+
+def test_the_log_by_default() -> None:
+    log = parse({}).log
+    assert (log.level, log.format, log.file) == ("info", "console", None)
+    assert log.levels.model_dump(exclude_none=True) == {}
+    assert log.rotate is not None
+    assert (log.rotate.size, log.rotate.keep) == (10_000_000, 5)
+    assert log.repeats is not None
+    assert (log.repeats.burst, log.repeats.per_second) == (50, 5)
+    assert log.flows is not None
+    assert (log.flows.burst, log.flows.per_second) == (1000, 200)
+
+
+def test_null_switches_parts_of_the_log_off() -> None:
+    log = parse({"log": {"rotate": None, "repeats": None, "flows": None}}).log
+    assert (log.rotate, log.repeats, log.flows) == (None, None, None)

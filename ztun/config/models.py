@@ -179,7 +179,7 @@ class LevelSettings(Section):
     flow: Level | None = None
     libraries: Level | None = None
     names: Level | None = None
-    netmon: Level | None = None
+    network: Level | None = None
     outbound: Level | None = None
     pool: Level | None = None
     routes: Level | None = None

@@ -18,7 +18,7 @@ COMPONENTS = {
     "flow": "a line for each TCP flow and UDP session that ended or was refused",
     "libraries": "what libraries say through Python's own logging",
     "names": "Fake-IPs and their store",
-    "netmon": "links, addresses and default routes that come and go",
+    "network": "links, addresses and default routes that come and go",
     "outbound": "connections to proxies",
     "pool": "proxy connections that are kept ready",
     "routes": "addresses, routes and ip rules",

@@ -51,7 +51,7 @@ class LogOptions:
     rotate: tuple[int, int] | None = (10_000_000, 5)
     repeats: Limit | None = REPEATS
     flows: Limit | None = FLOWS
-    credentials: Iterable[tuple[str, str]] = ()
+    credentials: Iterable[tuple[str, str]] = field(default=(), repr=False)
 
 
 class LogSystem:
