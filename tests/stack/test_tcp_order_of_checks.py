@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
+import packets
+import pytest
 from conversation import Client
 from packets import ACK, FIN, RST
 
@@ -80,15 +83,65 @@ def test_who_aborts_while_a_gap_is_filled_hears_no_more(client: Client) -> None:
     assert app.how is Closed.ABORTED
 
 
-def test_who_aborts_on_an_ack_gets_none_of_its_data(client: Client) -> None:
+@pytest.mark.parametrize("flags", [ACK, ACK | FIN])
+def test_who_aborts_on_an_ack_gets_none_of_its_data(client: Client, flags: int) -> None:
     app = client.connects()
     app.sends(b"question")
     client.hears(ACK, b"question")
     app.writable = lambda now: app.conn.abort(now)  # type: ignore[method-assign]
-    client.says(ACK | FIN, b"answer")
+    client.says(flags, b"answer")
     client.hears(RST | ACK, seq=9, ack=1)
     assert app.received == b""
     assert app.events == ["established"]
+
+
+def test_data_that_brings_a_larger_window_is_good_news(client: Client) -> None:
+    """Although it acknowledges nothing."""
+    app = client.connects(mss=1000, wscale=0)
+    client.acknowledges(window=4000)
+    app.sends(bytes(8000))
+    assert len(client.hears_all()) == 4000
+    client.says(ACK, b"data", ack=1, window=8000)
+    assert len(client.hears_all()) == 4000
+
+
+def test_the_first_of_the_segments_that_one_ack_answers_is_timed(client: Client) -> None:
+    """RFC 7323 section 4.3: the delay of the ACK is part of the round trip."""
+    client.connects_like_linux()
+    stamp = client.clock()
+    client.says(ACK, b"first", ts=(stamp + 1, 0))
+    client.says(ACK, b"second", ts=(stamp + 2, 0))
+    client.waits(0.05)
+    assert client.hears(ACK, ack=12).options["ts"][1] == stamp + 1
+
+
+def test_data_is_an_answer_to_keep_alive(talk: Callable[..., Client]) -> None:
+    client = talk(keepalive_idle=100, keepalive_interval=10, keepalive_probes=3)
+    app = client.connects()
+    for _ in range(5):
+        client.waits(100)
+        client.hears(ACK, seq=0, size=0)
+        client.waits(10)
+        client.hears(ACK, seq=0, size=0)
+        client.says(ACK, b"here")
+        client.waits(1)
+        client.hears(ACK, seq=1)
+    assert app.how is None
+    client.waits(98)
+    client.hears_nothing()
+
+
+def test_a_header_longer_than_its_segment_does_nothing(client: Client) -> None:
+    """Eight words are said, as with timestamps; six are there."""
+    app = client.connects_like_linux()
+    app.sends(b"data")
+    client.hears(ACK, b"data")
+    ports = (client.port, client.server_port)
+    head = struct.pack("!HHIIHHHH", *ports, client.isn + 1, client.net.iss + 5, 8 << 12 | ACK, 500, 0, 0)
+    packet = packets.ip_packet(client.address, client.server, 6, head + bytes((1, 1, 8, 10)))
+    client.net.receives(packet, packets.NEEDS_CSUM)
+    assert client.dropped("tcp-length") == 1
+    assert app.conn.queued == 4
 
 
 def test_old_data_is_answered_each_time(client: Client) -> None:
