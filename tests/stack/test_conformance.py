@@ -19,6 +19,7 @@ _ANY_NODE = re.compile(r"`[^`]*::[^`]*`")
 _REASON = re.compile(r"^(n/a|differs): \S+(?: \S+){2,}")
 _NUMBERED = re.compile(r"^(MUST|SHLD|MAY|REC)-\d+$")
 _LEVEL = re.compile(r"^(MUST|SHOULD|MAY|RECOMMENDED|must|should|may)( NOT| not)?( exceed)?$")
+_SKIPS = re.compile(r"\bpytest\.(?:mark\.)?(?:skip|xfail|importorskip)")  # nowhere in a file that is named
 _HEADING = "| Requirement | Level | Shown by, or why not |"
 
 # RFC 9293 appendix B, counted: the numbers run without a gap.
@@ -66,11 +67,10 @@ def faults(row: Row) -> list[str]:
 
 
 @cache
-def functions_of(path: str) -> dict[str, list[str]]:
-    """The test functions of a file with the names of their decorators."""
+def functions_of(path: str) -> set[str]:
+    """The names of a file's functions."""
     tree = ast.parse((_ROOT / path).read_text())
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    return {function.name: [ast.unparse(mark) for mark in function.decorator_list] for function in functions}
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
 
 
 def missing(node: str) -> str | None:
@@ -81,14 +81,10 @@ def missing(node: str) -> str | None:
         return "no such file"
     if name not in functions_of(path):
         return "no such test"
-    source = (_ROOT / path).read_text()
-    marks = " ".join(functions_of(path)[name]) + " ".join(re.findall(r"^pytestmark.*", source, re.MULTILINE))
-    if "skip" in marks or "xfail" in marks:
-        return "skipped or expected to fail"
-    body = next(node for node in ast.parse(source).body if getattr(node, "name", None) == name)
-    calls = {ast.unparse(call.func) for call in ast.walk(body) if isinstance(call, ast.Call)}
-    if calls & {"pytest.skip", "pytest.xfail", "pytest.importorskip"}:
-        return "skips itself"
+    folders = [folder for folder in (_ROOT / path).parents if folder.is_relative_to(_ROOT / "tests")]
+    for file in [_ROOT / path, *(folder / "conftest.py" for folder in folders)]:
+        if file.is_file() and _SKIPS.search(file.read_text()):
+            return "may be skipped, or is expected to fail"
     return None
 
 
@@ -148,3 +144,8 @@ def test_a_test_that_is_not_there_is_noticed() -> None:
     assert missing(f"{here}::test_there_are_rows") is None
     assert missing(f"{here}::test_there_are_no_rows") == "no such test"
     assert missing("tests/stack/test_nothing.py::test_there_are_rows") == "no such file"
+
+
+@pytest.mark.parametrize("how", ["mark.skipif(True)", "mark.xfail", "skip('not here')", "importorskip('bcc')"])
+def test_a_test_that_may_not_run_is_noticed(how: str) -> None:
+    assert _SKIPS.search(f"    pytest.{how}")
