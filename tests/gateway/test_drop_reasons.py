@@ -9,7 +9,7 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
 _DOCUMENT = _ROOT / "docs" / "drops.md"
-_LOOKS_LIKE_ONE = re.compile(r"(ip|tcp|udp|icmp|memory|dns|fake-ip|internal)(-[a-z]+)+")
+_LOOKS_LIKE_ONE = re.compile(r"(ip|tcp|udp|icmp|memory|dns|fake-ip|internal)(-[a-z]+)+|stopping")
 
 
 def in_the_code(package: str) -> Iterator[ast.AST]:
