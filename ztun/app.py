@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import ipaddress
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -84,6 +83,7 @@ async def run(settings: Settings, announce: Announce) -> int:
                 await stop.asked.wait()
             instance.state = "stopping"
             notify("STOPPING=1")
+            await unless(stop.hurried, instance.drain())
     if instance.failure is not None:
         raise instance.failure
     if undo.failed:
@@ -128,16 +128,21 @@ class Instance:
         await self._make_parts(self._placement, addresses)
         await asyncio.sleep(0)
         self._capture()
-        self._keep_up(monitor)
+        await self._keep_up(monitor)
         self.state = "running"
         return True
+
+    async def drain(self) -> None:
+        """Let the flows come to an end, within timeouts.drain."""
+        if self._gateway is not None:
+            await self._gateway.drain(self.settings.timeouts.drain)
 
     async def _claim(self) -> None:
         path = self.settings.control.socket
         lock = InstanceLock(path)
         self._undo.push("the instance lock", lock.release)
         lock.acquire()
-        control = ControlServer(path, status=self.status, routes=self.routes, stop=self._stop.ask)
+        control = ControlServer(path, status=self.status, routes=self.routes, flows=self.flows, stop=self._stop.ask)
         self._undo.push("the control socket", control.close)
         await control.start()
 
@@ -329,7 +334,7 @@ class Instance:
         for outbound in self._outbounds.values():
             outbound.warm_up()
 
-    def _keep_up(self, monitor: NetworkMonitor) -> None:
+    async def _keep_up(self, monitor: NetworkMonitor) -> None:
         """Follow the network from now on."""
         assert self._classifier is not None
         assert self._routes is not None
@@ -346,15 +351,14 @@ class Instance:
             changed=self._way_changed,
         )
         self._keeper = NetworkKeeper(monitor, parts)
+        await self._keeper.begin()
         task = self._loop.create_task(self._keeper.run())
         self._undo.push("following the network", lambda: _cancelled(task))
 
-    def _server_addresses(self) -> dict[str, list[str]]:
-        """Outbound -> the addresses of its proxy; none for one that is given by name."""
-        found = {}
-        for outbound in self.settings.outbounds:
-            found[outbound.tag] = [outbound.host] if _is_address(outbound.host) else []
-        return found
+    def _server_addresses(self) -> dict[str, Sequence[str]]:
+        """Outbound -> the addresses of its proxy."""
+        found = ((tag, outbound.server_addresses()) for tag, outbound in self._outbounds.items())
+        return {tag: addresses for tag, addresses in found if addresses is not None}
 
     async def _moved(self, found: Sequence[tuple[str, bytes, int]]) -> None:
         """This host has other addresses."""
@@ -367,8 +371,12 @@ class Instance:
         if self._classifier is not None and not self._placement.is_installed:
             await self._placement.install(self._classifier, [self._gateway])
 
-    def _way_changed(self) -> None:
-        """What did not answer may do so now."""
+    def _way_changed(self, is_there: bool) -> None:
+        """There is another way out, or none: what waits leads nowhere, and what did not answer may do so now."""
+        for outbound in self._outbounds.values():
+            outbound.forget_connections()
+            if is_there:
+                outbound.warm_up()
         if self._dns is not None:
             self._dns.forgive()
 
@@ -409,6 +417,10 @@ class Instance:
             "log": log_system.statistics(),
             **({"network": self._keeper.describe()} if self._keeper is not None else {}),
         }
+
+    def flows(self) -> dict[str, Any]:
+        """The body of GET /flows: the keys of `ztun status --flows --json`."""
+        return {"flows": self._gateway.flows() if self._gateway is not None else []}
 
     def routes(self) -> dict[str, Any]:
         """The body of GET /routes: the keys of `ztun routes --json`."""
@@ -465,14 +477,6 @@ def _describe_outbound(outbound: Outbound) -> dict[str, Any]:
 async def _cancelled(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.wait({task})
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

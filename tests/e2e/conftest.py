@@ -42,7 +42,7 @@ OUTBOUNDS: list[dict[str, Any]] = [
     {"tag": "socks-badauth", "type": "socks5", "server": f"{plan.UPSTREAM4}:{plan.SOCKS_AUTH_PORT}", **_BAD_AUTH},
     {"tag": "socks-gone", "type": "socks5", "server": f"{plan.UPSTREAM4}:{plan.CLOSED_PORT}"},
 ]
-BASE: dict[str, Any] = {"route": {"rules": RULES}, "outbounds": OUTBOUNDS, "timeouts": {"dial": 3}}
+BASE: dict[str, Any] = {"route": {"rules": RULES}, "outbounds": OUTBOUNDS, "timeouts": {"dial": 3, "drain": 0.2}}
 
 
 @pytest.fixture(scope="module")

@@ -90,11 +90,17 @@ def status(
     socket: SocketOption = None,
     log_level: LogLevelOption = None,
     json: JsonOption = False,
+    flows: Annotated[bool, typer.Option("--flows", help="List the flows that live, the oldest first.")] = False,
 ) -> int:
     """Show what the running instance does: flows, datagrams, names, outbounds, drops."""
-    answer = _client(config, socket).status()
+    client = _client(config, socket)
+    answer = client.flows() if flows else client.status()
     if json:
         print(to_json(answer))
+    elif flows:
+        from ztun.cli.status import show_flows
+
+        show_flows(answer["flows"])
     else:
         from ztun.cli.status import show_status
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
-from ztun.cli.output import heading, make_console, say, say_duration, table
+from ztun.cli.output import heading, make_console, say, say_bytes, say_duration, table
 
 _SECTIONS = ("tcp", "udp", "icmp", "dns", "pool", "log")
 
@@ -34,6 +34,28 @@ def show_status(status: Mapping[str, Any]) -> None:
     heading(console, "Drops", "" if drops else "none")
     if drops:
         console.print(table([{"reason": reason, "count": count} for reason, count in drops.items()], numbers=["count"]))
+
+
+def show_flows(flows: list[dict[str, Any]]) -> None:
+    """Print the body of GET /flows."""
+    console = make_console()
+    if not flows:
+        console.print("no flows")
+        return
+    rows = [
+        {
+            "": flow["protocol"],
+            "client": flow["client"],
+            "destination": flow["destination"],
+            "by": flow["outbound"],
+            "state": flow["state"],
+            "up": say_bytes(flow["up"]),
+            "down": say_bytes(flow["down"]),
+            "for": say_duration(flow["seconds"]),
+        }
+        for flow in flows
+    ]
+    console.print(table(rows, numbers=["up", "down", "for"]))
 
 
 def _first_line(status: Mapping[str, Any]) -> Text:

@@ -39,6 +39,7 @@ Ports = Annotated[tuple[int, int], PlainValidator(values.parse_ports), PlainSeri
 Tag = Annotated[str, PlainValidator(values.parse_tag)]
 FilePath = Annotated[Path, PlainValidator(values.parse_path)]
 Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+DrainSeconds = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 Whole = Annotated[int, Field(strict=True)]
 Limit = Annotated[Whole, Field(ge=1, le=1 << 20)]
@@ -141,11 +142,13 @@ class PoolSettings(Section):
 
 
 class TimeoutSettings(Section):
-    """Seconds. tcp_idle is that of RFC 5382 (REQ-5), udp_idle that of RFC 4787 (REQ-5)."""
+    """Seconds. tcp_idle is that of RFC 5382 (REQ-5), udp_idle that of RFC 4787 (REQ-5); drain: what flows have to end
+    when ztun is asked to stop."""
 
     dial: Seconds = 10
     tcp_idle: Seconds = 7440
     udp_idle: Seconds = 300
+    drain: DrainSeconds = 5
 
 
 class LimitSettings(Section):

@@ -34,6 +34,10 @@ class ControlClient:
         """The body of GET /status, as `ztun status --json` prints it."""
         return self._request("GET", "/status")[0]
 
+    def flows(self) -> dict[str, Any]:
+        """The body of GET /flows, as `ztun status --flows --json` prints it."""
+        return self._request("GET", "/flows")[0]
+
     def routes(self) -> dict[str, Any]:
         """The body of GET /routes, as `ztun routes --json` prints it."""
         return self._request("GET", "/routes")[0]

@@ -1,6 +1,6 @@
 """The control socket: HTTP on a unix socket of mode 0600.
 
-GET /status, GET /routes, GET and POST /log-level, POST /stop: JSON. GET /metrics: OpenMetrics.
+GET /status, GET /flows, GET /routes, GET and POST /log-level, POST /stop: JSON. GET /metrics: OpenMetrics.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Answer = Callable[[], dict[str, Any]]
 class ControlServer:
     """Answers from callables that the composition root gives, so that it knows nothing of what it reports.
 
-    status, routes: make the body of the answer. stop: asks for a graceful end and returns at once. levels: those of
-    the log, to look at and to change.
+    status, flows, routes: make the body of the answer. stop: asks for a graceful end and returns at once. levels:
+    those of the log, to look at and to change.
     """
 
     def __init__(
@@ -40,12 +40,14 @@ class ControlServer:
         *,
         status: Answer,
         routes: Answer,
+        flows: Answer = lambda: {"flows": []},
         stop: Callable[[], None],
         levels: Levels = log_system.levels,
     ) -> None:
         self.path = Path(path)
         self._status = status
         self._routes = routes
+        self._flows = flows
         self._stop = stop
         self._levels = levels
         self._runner: web.AppRunner | None = None
@@ -59,6 +61,7 @@ class ControlServer:
         application.add_routes(
             [
                 web.get("/status", self._get_status),
+                web.get("/flows", self._get_flows),
                 web.get("/routes", self._get_routes),
                 web.get("/metrics", self._get_metrics),
                 web.get("/log-level", self._get_log_level),
@@ -107,6 +110,9 @@ class ControlServer:
 
     async def _get_status(self, request: web.Request) -> web.Response:
         return web.json_response(self._status())
+
+    async def _get_flows(self, request: web.Request) -> web.Response:
+        return web.json_response(self._flows())
 
     async def _get_routes(self, request: web.Request) -> web.Response:
         return web.json_response(self._routes())

@@ -111,7 +111,13 @@ class Engine:
                 kept = True  # nobody knows who still looks at it
             if kept:
                 buffer = self._buffer = self.pool.get()
-        stack.flush(now)
+        self._flush(now)
+
+    def _flush(self, now: float) -> None:
+        try:
+            self.stack.flush(now)
+        except Exception:
+            self._failed()
         self.send()
 
     def _trim(self) -> None:
@@ -145,5 +151,4 @@ class Engine:
             self.stack.handle_timer(now)
         except Exception:
             self._failed()
-        self.stack.flush(now)
-        self.send()
+        self._flush(now)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,14 +10,13 @@ from typing import Any, Protocol
 
 from ztun.gateway.dns_stream import DnsStream
 from ztun.gateway.engine import Engine
-from ztun.gateway.failures import TCP_ANSWER
+from ztun.gateway.flow import Flow
 from ztun.gateway.flowlog import flow_log
 from ztun.gateway.isn import make_isn
 from ztun.gateway.limits import Limits
-from ztun.gateway.routing import Decider, NamePool, Route, Router, UnmappedError
-from ztun.gateway.tcp_relay import TcpRelay
+from ztun.gateway.routing import Decider, NamePool, Router, UnmappedError
 from ztun.gateway.udp_relay import UdpRelay
-from ztun.ports import Dialling, Failure, Outbound, OutboundError, PacketDevice, Poller
+from ztun.ports import Failure, Outbound, OutboundError, PacketDevice, Poller
 from ztun.rules import DIRECT
 from ztun.stack import BufferPool, Closed, Connection, Datagram, DatagramHeader, Stack, StackSettings, reverse
 from ztun.stack.sources import SourceCounts, source_of
@@ -27,6 +25,8 @@ from ztun.wire.icmp import Reason
 
 _MAX_DNS_TASKS = 512
 _MAX_DNS_TASKS_PER_SOURCE = 256
+_IDLE = 1.0  # seconds without data, after which a flow may be ended when the gateway stops
+_DRAIN_STEP = 0.05
 _YOUNG = 5.0  # seconds that a flow lives before its upstream connection is kept alive
 
 
@@ -50,59 +50,6 @@ class GatewayOptions:
     buffers: int = 32
     keepalive_interval: int = 75
     limits: Limits = field(default_factory=Limits)
-
-
-class Flow:
-    """One TCP flow from its SYN on: a stack Handler while the outbound is dialled, and what is known of it after."""
-
-    __slots__ = ("_gateway", "conn", "dialling", "relay", "route", "started")
-
-    def __init__(self, gateway: Gateway, conn: Connection, route: Route, now: float) -> None:
-        self._gateway = gateway
-        self.conn = conn
-        self.route = route
-        self.dialling: Dialling | None = None
-        self.relay: TcpRelay | None = None
-        self.started = now
-
-    def established(self, now: float) -> None:
-        raise AssertionError("established before it was accepted")
-
-    def data(self, payload: memoryview, now: float) -> int:
-        raise AssertionError("data before it was accepted")
-
-    def eof(self, now: float) -> None:
-        raise AssertionError("FIN before it was accepted")
-
-    def writable(self, now: float) -> None:
-        pass
-
-    def closed(self, how: Closed, now: float) -> None:
-        """The client gave up, or was refused."""
-        if self.dialling is not None:
-            self.dialling.cancel()
-        self._gateway.ended(self, how, now)
-
-    def connected(self, sock: socket.socket, more: bool) -> None:
-        """The outbound is there: answer the client."""
-        gateway = self._gateway
-        if self.conn.is_closed:
-            gateway.engine.poller.closing(sock.fileno())
-            sock.close()
-            return
-        relay = self.relay = TcpRelay(gateway.engine, self.conn, sock, more, self.relay_closed)
-        self.conn.accept(relay, gateway.engine.now())
-        gateway.engine.send()
-
-    def failed(self, error: OutboundError) -> None:
-        """The outbound is not to be had: say so to the client."""
-        gateway = self._gateway
-        gateway.dial_failed(self, error)
-        self.conn.refuse(gateway.engine.now(), TCP_ANSWER[error.failure])
-        gateway.engine.send()
-
-    def relay_closed(self, relay: TcpRelay) -> None:
-        self._gateway.ended(self, relay.how, self._gateway.engine.now())
 
 
 class Gateway:
@@ -139,11 +86,25 @@ class Gateway:
         self._failures: Counter[str] = Counter()
         self._echoes = 0
         self._paused: str | None = None
+        self._draining = False
 
     def start(self) -> None:
         """Begin to serve packets."""
         self.engine.start()
         self._keep_alive()
+
+    async def drain(self, seconds: float) -> None:
+        """Take no new flows, end the idle ones with a FIN to both sides, and give the others so long to end.
+
+        A flow is idle when nothing went either way for a second: a FIN sooner could look like the end of an answer.
+        """
+        self._draining = True
+        until = self.engine.now() + seconds
+        while self._flows and (now := self.engine.now()) < until:
+            for flow in list(self._flows):
+                flow.drain(now, now - _IDLE)
+            self.engine.send()
+            await asyncio.sleep(_DRAIN_STEP)
 
     async def stop(self) -> None:
         """End every flow: clients and upstreams get a reset, as nobody is left to carry the rest."""
@@ -188,6 +149,10 @@ class Gateway:
     # The stack's Listener.
 
     def tcp_incoming(self, conn: Connection, now: float) -> None:
+        if self._draining:
+            self._stack.drop("stopping")
+            conn.refuse(now)
+            return
         try:
             route = self._router.route("tcp", conn.source, conn.destination, conn.destination_port)
         except UnmappedError:
@@ -209,6 +174,10 @@ class Gateway:
         flow.dialling = route.outbound.dial(route.destination, flow.connected, flow.failed)
 
     def udp_received(self, datagram: Datagram, now: float) -> None:
+        if self._draining:
+            self._stack.drop("stopping")
+            self._stack.send_unreachable(datagram.packet, Reason.PORT, now)
+            return
         self._udp.receive(datagram, now)
 
     def udp_refused(self, key: bytes, now: float) -> None:
@@ -310,6 +279,12 @@ class Gateway:
         """Outbound's tag -> connections through it that live."""
         outbounds = (flow.route.outbound for flow in self._flows if flow.relay is not None)
         return Counter(outbound.tag for outbound in outbounds if outbound is not None)
+
+    def flows(self) -> list[dict[str, Any]]:
+        """The flows that live, the oldest first: the body of GET /flows."""
+        now = self.engine.now()
+        flows = [flow.describe(now) for flow in self._flows] + self._udp.describe(now)
+        return sorted(flows, key=lambda flow: -flow["seconds"])
 
     def statistics(self) -> dict[str, Any]:
         """The part of `ztun status --json` that the gateway knows: tcp, udp, icmp, dns, buffers, device, drops."""

@@ -66,6 +66,11 @@ class TcpRelay:
     def conn(self) -> Connection:
         return self._conn
 
+    @property
+    def pending(self) -> int:
+        """Bytes from the client that the upstream has not taken."""
+        return self._pending_size
+
     # The client's side: a stack Handler.
 
     def established(self, now: float) -> None:
@@ -136,6 +141,17 @@ class TcpRelay:
             self._readable = True
             self._pump(now)
         self._engine.send()
+
+    def is_idle(self, before: float) -> bool:
+        """Nothing went either way since then, and nothing waits."""
+        return self._conn.last_data <= before and not self._pending and not self._conn.queued
+
+    def finish(self, now: float) -> None:
+        """Say to both ends that no more will come."""
+        self._upstream_done = True
+        self._readable = False
+        self._shutdown_upstream()
+        self._conn.shutdown(now)
 
     def keep_alive(self, interval: int) -> None:
         """Have the kernel probe a silent upstream; interval: seconds."""

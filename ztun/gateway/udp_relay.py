@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -169,6 +169,24 @@ class UdpSession:
             self._refused.add(sender)
         return flow is not None
 
+    def describe(self, now: float) -> dict[str, Any]:
+        """A row of `ztun status --flows`. A session may have several destinations; the first one is named."""
+        address, port = self.endpoint
+        client, peer = text(address), self.first[0] if self.first is not None else Destination("", 0)
+        return {
+            "protocol": "udp",
+            "client": f"[{client}]:{int.from_bytes(port)}" if ":" in client else f"{client}:{int.from_bytes(port)}",
+            "destination": f"[{peer.host}]:{peer.port}" if ":" in peer.host else f"{peer.host}:{peer.port}",
+            "destinations": self.destinations,
+            "rule": self.first[1] if self.first is not None else None,
+            "outbound": self.outbound.tag,
+            "state": "open" if self._link is not None else "dialling",
+            "up": self.up,
+            "down": self.down,
+            "seconds": round(now - self.started, 3),
+            "idle_s": round(now - self.last_used, 3),
+        }
+
     def close(self) -> None:
         self._take_waiting()
         self._task.cancel()
@@ -204,6 +222,10 @@ class UdpRelay:
 
     def __len__(self) -> int:
         return len(self._sessions)
+
+    def describe(self, now: float) -> list[dict[str, Any]]:
+        """Rows of `ztun status --flows`, one for each session."""
+        return [session.describe(now) for session in self._sessions.values()]
 
     def receive(self, datagram: Datagram, now: float) -> None:
         """A datagram of a flow that the stack has not been told of yet."""

@@ -42,6 +42,7 @@ def complete(config: dict[str, Any], directory: Path) -> dict[str, Any]:
         },
         "outbounds": PROXIES,
         "route": {"default": "direct"},
+        "timeouts": {"drain": 0.2},
         "control": {"socket": str(directory / "control.sock")},
     }
     return _laid_over(base, config)
