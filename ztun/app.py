@@ -114,6 +114,7 @@ class Instance:
         self._listening: Listening | None = None
         self._dns: DnsService | None = None
         self._listen: list[str] = []
+        self._taken: list[str] = []
         self._servers: list[str] = []
         self._notes: list[str] = []
 
@@ -158,6 +159,7 @@ class Instance:
             self._listen = await machine.check_listen(settings.dns.listen, own, waiting=bool(absent))
             return
         self._listen, taken = await machine.default_listen(settings.capture.lan, addresses)
+        self._taken = [problem.partition(": ")[0] for problem in taken]
         for problem in taken:
             log.warning("not answering DNS there", at=problem, remedy="set dns.listen, or stop that program")
             self._notes.append(f"no DNS on {problem}")
@@ -217,7 +219,7 @@ class Instance:
         self._undo.push("the DNS service", dns.close)
         self._dns = dns
         wanted = list(self.settings.dns.listen) if "listen" in self.settings.dns.model_fields_set else None
-        self._listening = Listening(wanted, self.settings.capture.lan, dns.start)
+        self._listening = Listening(wanted, self.settings.capture.lan, dns.start, self._taken)
         await self._listening.begin(self._listen)
 
     def _make_device(self) -> PacketDevice:

@@ -37,8 +37,9 @@ class DeadAddresses(Protocol):
 class Parts(NamedTuple):
     """What is kept in step.
 
-    device: the TUN's name; servers: outbound -> addresses of its server, none where they are not known yet; moved: told
-    of this host's addresses when they changed, without those of the TUN; changed: told when the way out is another.
+    device: the TUN's name; servers: outbound -> addresses of its proxy, none where they are not known yet; moved: told
+    of this host's addresses when they changed, without those of the TUN; changed: told whether there is a way out when
+    it is another.
     """
 
     device: str
@@ -49,32 +50,48 @@ class Parts(NamedTuple):
     sockets: DeadAddresses
     servers: Callable[[], Mapping[str, Sequence[str]]]
     moved: Callable[[Sequence[Address]], Awaitable[None]]
-    changed: Callable[[], None]
+    changed: Callable[[bool], None]
 
 
 class NetworkKeeper:
-    """See `run`. Everything that cannot be done now is said in the log and done when the network changes again."""
+    """See `run`. To be made when the classifier is attached.
+
+    Everything that cannot be done now is said in the log, and done when the network changes again.
+    """
 
     def __init__(self, monitor: NetworkMonitor, parts: Parts) -> None:
         self._monitor = monitor
         self._parts = parts
         self._paused = False
-        self._captured = dict.fromkeys(parts.lan, "captured")
+        self._captured = dict(parts.classifier.captured())
         self._ways: dict[str, Path] = {}  # the last way there was to each destination
         self._addresses: list[Address] | None = None
         monitor.watch(self._destinations)
 
+    async def begin(self) -> None:
+        """Look at the network for the first time. Raises OSError."""
+        now = await self._monitor.read()
+        await self._follow(now, now, [])
+
     async def run(self) -> None:
-        """Follow the network until cancelled."""
-        before = await self._monitor.read()
-        await self._follow(before, before, [])
-        async for events in self._monitor.events():
+        """Follow the network from `begin` on until cancelled."""
+        before = self._monitor.state
+        async for events in self._monitor.events(self._glance):
             now = self._monitor.state
             log.debug(
                 "the network changed", events=[f"{kind} {name} {'+' if up else '-'}" for kind, name, up in events]
             )
             await self._follow(before, now, events)
             before = now
+
+    def _glance(self) -> None:
+        """Capture from an interface that appeared before anybody sends by it: what slips by is not tunnelled, and the
+        real server resets a connection that it never heard of.
+        """
+        try:
+            self._capture()
+        except (ZtunError, OSError) as error:
+            log.debug("not captured at once", reason=str(error))
 
     async def _follow(self, before: NetworkState, now: NetworkState, events: Sequence[NetworkEvent]) -> None:
         """Quick things first, and each whether or not the one before it could be done."""
@@ -100,6 +117,9 @@ class NetworkKeeper:
             self._parts.classifier.reinstall()
 
     async def _keep_capture(self, before: NetworkState, now: NetworkState, events: Sequence[NetworkEvent]) -> None:
+        self._capture()
+
+    def _capture(self) -> None:
         self._parts.classifier.attach()
         was, self._captured = self._captured, dict(self._parts.classifier.captured())
         for name, state in self._captured.items():
@@ -116,7 +136,7 @@ class NetworkKeeper:
         self._parts.sockets.dead = _dead_addresses(now)
         former = {way.ifname for way in self._ways.values()}
         found = {to: path for to, path in now.paths.items() if path is not None}
-        is_another = any(to not in self._ways or self._ways[to][:3] != path[:3] for to, path in found.items())
+        is_another = any(self._is_another(to, path, before) for to, path in found.items())
         self._ways.update(found)
         is_usable = self._is_usable(now)
         if not is_usable and not self._paused:
@@ -130,8 +150,14 @@ class NetworkKeeper:
             self._paused = False
             self._parts.gateway.resume()
             log.info("the network is back, going on")
-        if events and is_another:
-            self._parts.changed()
+            is_another = True
+        if events and is_another and is_usable:
+            self._parts.changed(True)
+
+    def _is_another(self, to: str, path: Path, before: NetworkState) -> bool:
+        """Whether the way there is not what it was; one that nobody asked for until now is not."""
+        known = self._ways.get(to)
+        return known[:3] != path[:3] if known is not None else to in before.paths and before.paths[to] is None
 
     def _pause(self, now: NetworkState) -> None:
         self._paused = True
@@ -139,6 +165,7 @@ class NetworkKeeper:
         reason = f"no carrier on {', '.join(down)}" if down else "no route to anywhere"
         log.warning("the network is gone, pausing until it is back", reason=reason)
         self._parts.gateway.pause(reason)
+        self._parts.changed(False)
 
     async def _keep_addresses(self, before: NetworkState, now: NetworkState, events: Sequence[NetworkEvent]) -> None:
         addresses = sorted(entry for entry in now.addresses if entry[0] != self._parts.device)

@@ -73,13 +73,18 @@ class Listening:
     """Answers DNS on addresses as they appear.
 
     wanted: endpoints as in `dns.listen`; None: port 53 of each address of the LAN interfaces.
-    start: DnsService.start.
+    start: DnsService.start; taken: endpoints that are known not to be free.
     """
 
     def __init__(
-        self, wanted: Sequence[str] | None, lan: Sequence[str], start: Callable[[Sequence[str]], Awaitable[None]]
+        self,
+        wanted: Sequence[str] | None,
+        lan: Sequence[str],
+        start: Callable[[Sequence[str]], Awaitable[None]],
+        taken: Iterable[str] = (),
     ) -> None:
         self.endpoints: list[str] = []
+        self._told = set(taken)
         self._wanted = wanted
         self._lan = lan
         self._start = start
@@ -96,7 +101,9 @@ class Listening:
             try:
                 await self.begin([text])
             except ZtunError as error:
-                log.warning("not answering DNS there", at=text, reason=str(error))
+                if text not in self._told:
+                    self._told.add(text)
+                    log.warning("not answering DNS there", at=text, reason=str(error))
             else:
                 log.info("answering DNS there too", at=text)
 

@@ -192,8 +192,11 @@ class NetworkMonitor(Protocol):
         """Read everything anew. Raises OSError when the kernel does not answer."""
         ...
 
-    def events(self) -> AsyncIterator[Sequence[NetworkEvent]]:
-        """What changed, a settled burst at a time. A link that went and came back within one is told both ways."""
+    def events(self, at_once: Callable[[], None]) -> AsyncIterator[Sequence[NetworkEvent]]:
+        """What changed, a settled burst at a time. A link that went and came back within one is told both ways.
+
+        at_once: called whenever links changed, before the burst has settled and anything was read.
+        """
         ...
 
     async def reset_stranded(self, before: NetworkState, former: Collection[str]) -> int:
@@ -307,6 +310,10 @@ class Outbound(Protocol):
 
     def forget_connections(self) -> None:
         """The network changed: what waits may lead nowhere."""
+        ...
+
+    def server_addresses(self) -> Sequence[str] | None:
+        """Where its proxy is, literals; empty while that is not known; None where there is no proxy."""
         ...
 
     async def close(self) -> None: ...

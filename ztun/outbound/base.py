@@ -170,6 +170,10 @@ class BaseOutbound:
     def forget_connections(self) -> None:
         """See `ztun.ports.Outbound.forget_connections`."""
 
+    def server_addresses(self) -> Sequence[str] | None:
+        """See `ztun.ports.Outbound.server_addresses`."""
+        return None
+
     # Datagrams.
 
     async def open_datagrams(
@@ -281,6 +285,10 @@ class ProxyOutbound(BaseOutbound):
         """See `ztun.ports.Outbound.forget_connections`."""
         if self._pool is not None:
             self._pool.drop()
+
+    def server_addresses(self) -> Sequence[str]:
+        """See `ztun.ports.Outbound.server_addresses`. A name's are those that it had last."""
+        return ["127.0.0.1"] if self._host == "localhost" else self._addresses
 
     async def close(self) -> None:
         """See BaseOutbound.close."""

@@ -35,10 +35,11 @@ _IFF_UP = 0x1
 _AF_BRIDGE = 7
 _UNICAST, _UNREACHABLE_TYPES = 1, (6, 7, 8)  # RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT
 
-# Seconds from the first notification of a burst until the network is looked at; what comes meanwhile waits unread.
+# Seconds from the first notification of a burst until the network is looked at, with glances at what comes meanwhile.
 # Each further burst within a second waits twice as long, so that a flapping link costs little.
 _SETTLE, _MOST = 0.05, 0.4
 _CALM = 1.0
+_GLANCE = 0.01
 _RETRY = 1.0  # seconds until the kernel is asked again that did not answer
 _MAX_DATAGRAM = 65536
 
@@ -73,15 +74,14 @@ class LinuxNetworkMonitor:
         self.state = await asyncio.to_thread(netstate.read_state, self._mark, destinations)
         return self.state
 
-    async def events(self) -> AsyncIterator[Sequence[NetworkEvent]]:
+    async def events(self, at_once: Callable[[], None] = lambda: None) -> AsyncIterator[Sequence[NetworkEvent]]:
         """See ztun.ports.NetworkMonitor.events."""
         loop = asyncio.get_running_loop()
         looked_at = -_CALM
         while True:
             await self._notified()
             self._wait = min(2 * self._wait, _MOST) if loop.time() - looked_at < _CALM else _SETTLE
-            await asyncio.sleep(self._wait)
-            if not self._drain():
+            if not await self._settle(at_once):
                 continue
             before = self.state
             await self._read_patiently()
@@ -90,6 +90,21 @@ class LinuxNetworkMonitor:
             if found := list(differences(before, self.state, went)):
                 self.counts["changes"] += 1
                 yield found
+
+    async def _settle(self, at_once: Callable[[], None]) -> bool:
+        """Let the burst go on for a while, with a glance at it now and then. Whether any of it was worth a look."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._wait
+        is_news = False
+        while True:
+            links, overflows = self.counts["link"], self.counts["overflows"]
+            is_news |= self._drain()
+            if (self.counts["link"], self.counts["overflows"]) != (links, overflows):
+                at_once()
+            left = until - loop.time()
+            if left <= 0:
+                return is_news
+            await asyncio.sleep(min(left, _GLANCE))
 
     async def _read_patiently(self) -> None:
         while True:
@@ -197,7 +212,7 @@ def _turns(was: Link | None, now: Link | None, went: Collection[int]) -> list[bo
         return [now.up] if now is not None else []
     if now is None:
         return [False]
-    flickered = was.enabled and now.enabled and was.ifindex in went
+    flickered = now.enabled and now.ifindex in went
     if was.ifindex != now.ifindex or flickered:
         return [False, True] if now.up else [False]
     return [now.up] if was != now else []

@@ -49,7 +49,7 @@ class TunRoutes:
     def restore(self) -> None:
         """Put back what somebody took: link up, addresses, routes. Raises ZtunError. Without effect unless up."""
         if self._is_up:
-            self._set_up()
+            self._set_up(again=True)
 
     def down(self) -> None:
         """Take addresses (and with them the routes) away and the link down. The sysctls go with the device."""
@@ -70,9 +70,10 @@ class TunRoutes:
             return {"routes": [], "ip_rules": []}
         return {"routes": netlink.run(self._list), "ip_rules": netlink.run(_list_rules)}
 
-    def _set_up(self) -> None:
+    def _set_up(self, *, again: bool = False) -> None:
         try:
-            netlink.run(self._renounce_multicast)
+            if not again:  # it holds as long as the device is the same
+                netlink.run(self._renounce_multicast)
             self._set_sysctls()
             netlink.run(self._install)
         except (netlink.NetlinkError, OSError) as error:
