@@ -27,6 +27,7 @@ _HEADER = re.compile(
 )
 _URL = re.compile(r"(://)[^/\s@]+@")
 _SHORT = 4
+_SHORT_TEXT = 100
 _OWN = frozenset(("timestamp", "level", "logger", "event", "exception"))
 
 
@@ -39,6 +40,8 @@ class Cleaner:
             forms |= _forms(user, password)
         patterns = [_pattern(form) for form in sorted(forms, key=len, reverse=True)]
         self._secrets = re.compile("|".join(patterns)) if patterns else None
+        # The same tags, names and reasons come up again and again.
+        self._short = functools.lru_cache(4096)(self.text)
 
     def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
         """A processor for structlog: the line's own fields first, then the values, clean and such as JSON knows.
@@ -47,11 +50,18 @@ class Cleaner:
         """
         cleaned: EventDict = {"timestamp": event.pop("timestamp")} if "timestamp" in event else {}
         cleaned["level"] = method
-        cleaned["logger"] = self.text(logger.name)
+        cleaned["logger"] = self._short(logger.name)
         cleaned["event"] = self.text(str(event.pop("event")))
         traceback = event.pop("exception", None)
         for key, value in event.items():
-            cleaned[key if key not in _OWN else key + "_"] = self._value(key, value)
+            name = key if key not in _OWN else key + "_"
+            kind = type(value)
+            if kind is int or value is None:
+                cleaned[name] = value
+            elif kind is str and len(value) <= _SHORT_TEXT and not is_secret(key):
+                cleaned[name] = self._short(value)
+            else:
+                cleaned[name] = self._value(key, value)
         if traceback is not None:
             cleaned["exception"] = self.lines(traceback)
         return cleaned
