@@ -28,6 +28,11 @@ _PORTS = (80, 40000)
 _ISS = (4_294_900_000, 7_000_000)  # the first one wraps soon
 
 
+# Seconds without progress after which nobody gives up here. At 30 % of loss each way half of the time-outs bring
+# nothing, so that of thousands some are ten in a row, and take longer than the default of five minutes.
+_PATIENCE = 36000.0
+
+
 @dataclass(frozen=True)
 class Terms:
     """What the two ends agree on. buffer: bytes that a receiver holds, and that a sender has under way."""
@@ -48,9 +53,9 @@ class End:
             receive_buffer=terms.buffer,
             send_buffer=max(terms.buffer, 65536),
             data_retries=100,
-            user_timeout=36000.0,
-            fin_wait_2=36000.0,
-            tcp_idle=36000.0,
+            user_timeout=_PATIENCE,
+            fin_wait_2=_PATIENCE,
+            tcp_idle=_PATIENCE,
         )
         self.stack = Stack(self, settings, lambda key, now: _ISS[side], BufferPool())
         self.received = bytearray()

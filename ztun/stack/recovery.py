@@ -31,8 +31,8 @@ class LossRecovery:
     echo: TSecr of the latest ACK, where there are timestamps."""
 
     __slots__ = (
-        "_before", "_overtaken", "_overtaken_at", "_rescued", "_tx", "board", "due", "duplicates", "echo", "probe_end",
-        "probe_resent", "state", "timed_out_at",
+        "_before", "_grown", "_lowered_at", "_overtaken", "_overtaken_at", "_rescued", "_tx", "board", "due",
+        "duplicates", "echo", "probe_end", "probe_resent", "state", "timed_out_at",
     )  # fmt: skip
 
     def __init__(self, tx: Sender) -> None:
@@ -48,6 +48,8 @@ class LossRecovery:
         self._overtaken = tx.una  # first transmissions below this were overtaken: lost at the time below
         self._overtaken_at: float | None = None
         self._rescued = False
+        self._grown = False  # patience did, in this recovery
+        self._lowered_at = 0.0  # when the congestion window was, last
         self._before: tuple[int, int, int] | None = None  # cwnd, ssthresh, and TSval of the first retransmission
 
     def is_over(self) -> bool:
@@ -167,22 +169,39 @@ class LossRecovery:
         overtaken, which is later than the RFC has it by no more than the time that it took to send the flight.
         """
         tx, board = self._tx, self.board
-        count, edge = board.overtaken(tx.una, now, tx.rtt.lowest)
+        count, edge, needless = board.overtaken(tx.una, now, tx.rtt.lowest)
+        if needless and not self._grown:
+            self._grow_patience()
         wait = self._patience()
         if not wait:
             board.mark_until(edge, tx.una)
-            board.mark_again(count, tx.una, 0.0, now)
             self._overtaken_at = None
-            return
+        else:
+            self._wait_for_overtaken(edge, wait, now)
+            wait += tx.rtt.srtt or 0.0
+        before = board.lost.total
+        again = board.mark_again(count, tx.una, wait, now)
+        if board.lost.total > before:
+            self._lower_again(now)
+        if again is not None and (self.due is None or again < self.due):
+            self.due = again
+
+    def _wait_for_overtaken(self, edge: int, wait: float, now: float) -> None:
+        """First transmissions below `edge` are lost in `wait` seconds. Those that follow wait until that is over."""
+        tx, board = self._tx, self.board
         if self._overtaken_at is not None and now >= self._overtaken_at:
             board.mark_until(self._overtaken, tx.una)
             self._overtaken_at = None
         if self._overtaken_at is None and edge > max(board.marked_until, tx.una):
             self._overtaken, self._overtaken_at = edge, now + wait
         self.due = self._overtaken_at
-        again = board.mark_again(count, tx.una, wait + (tx.rtt.srtt or 0.0), now)
-        if again is not None and (self.due is None or again < self.due):
-            self.due = again
+
+    def _lower_again(self, now: float) -> None:
+        """The loss of a retransmission is one more sign of congestion (RFC 5681 section 4.3): one a round trip."""
+        tx = self._tx
+        if self.state is Recovery.FAST and now - self._lowered_at >= (tx.rtt.srtt or 0.0):
+            self._lowered_at = now
+            tx.cc.loss(tx.cc.cwnd)
 
     def _patience(self) -> float:
         """How long what was overtaken may still arrive: the reordering window of RFC 8985 section 6.2 step 4."""
@@ -196,6 +215,7 @@ class LossRecovery:
         """What was sent again had arrived, only late."""
         self._tx.patience += 1
         self._tx.calm = 0
+        self._grown = True
 
     def _is_loss(self) -> bool:
         """IsLost of the first unacknowledged byte: RFC 6675 section 4 with SACK, RFC 6582 section 3.2 without."""
@@ -226,12 +246,13 @@ class LossRecovery:
         if tx.calm >= _CALM and tx.patience:
             tx.patience = 1
         self.probe_end = None
-        self._rescued = False
+        self._rescued = self._grown = False
 
     def _enter_fast(self, now: float) -> None:
         tx, board = self._tx, self.board
         self._remember(now)
         tx.cc.loss(tx.flight())
+        self._lowered_at = now
         self._begin(Recovery.FAST)
         first = min(tx.una + tx.mss, tx.nxt)
         if tx.has_sack:
@@ -292,17 +313,21 @@ class LossRecovery:
         self._before = None if stamp is None else (self._tx.cc.cwnd, self._tx.cc.ssthresh, stamp)
 
     def _undo_if_spurious(self) -> None:
-        """The first new ACK of a recovery that echoes a time before the retransmission answers what was sent first: it
-        was not lost but late, or its ACK was lost (RFC 3522; the answer to it is that of RFC 4015, and patience)."""
+        """A new ACK that echoes a time before the retransmissions answers what was sent first: it was not lost but
+        late, or its ACK was lost (RFC 3522). When that is so of all, the answer is that of RFC 4015, and patience."""
         assert self._before is not None
         cwnd, ssthresh, stamp = self._before
-        self._before = None
         if self.echo is None or not (self.echo - stamp) & (MASK // 2 + 1):
+            self._before = None
             return
         tx = self._tx
-        tx.cc.cwnd, tx.cc.ssthresh = max(tx.cc.cwnd, cwnd), max(tx.cc.ssthresh, ssthresh)
         if self.state is Recovery.FAST:
-            self._grow_patience()
+            if not self._grown:
+                self._grow_patience()
+            if tx.una < tx.recover and self.board.is_resending(tx.una):
+                return  # the others may be lost after all
+        self._before = None
+        tx.cc.cwnd, tx.cc.ssthresh = max(tx.cc.cwnd, cwnd), max(tx.cc.ssthresh, ssthresh)
         self.state = Recovery.NONE
         self.board.forget(tx.una)
         self._overtaken_at = None

@@ -74,6 +74,10 @@ class Scoreboard:
         while self._resent and self._resent[0].end <= una:
             self._resent.popleft()
 
+    def is_resending(self, una: int) -> bool:
+        """Something above `una` is lost, or was sent again."""
+        return self.lost.total > 0 or any(sent.end > una for sent in self._resent)
+
     def has_reneged(self, una: int) -> bool:
         """The peer wants what it had SACKed (RFC 2018 section 8): no ACK should end where such a range lies."""
         return self.sacked.total > 0 and self.sacked.first[0] <= una
@@ -92,21 +96,24 @@ class Scoreboard:
             self.mark(max(self.marked_until, una), limit)
             self.marked_until = limit
 
-    def overtaken(self, una: int, now: float, quickest: float) -> tuple[int, int]:
+    def overtaken(self, una: int, now: float, quickest: float) -> tuple[int, int, bool]:
         """How many of the retransmissions were overtaken by something sent later that has arrived, and the number below
-        which all first transmissions were (RFC 8985 section 6.2 step 2).
+        which all first transmissions were (RFC 8985 section 6.2 step 2). Last, whether one was not needed.
 
         quickest: the shortest round trip ever seen. An ACK sooner than that answers the first transmission.
         """
+        needless = False
         arrived = max(self.sacked.highest, una) if self.sacked.total else una
         resent = self._resent
         for index in range(len(resent) - 1, -1, -1):
             sent = resent[index]
             if arrived > sent.nxt:
-                return index + 1, arrived
-            if now - sent.at >= quickest and self._has_arrived(sent, una):
-                return index, max(arrived, sent.nxt)
-        return 0, arrived
+                return index + 1, arrived, needless
+            if self._has_arrived(sent, una):
+                if now - sent.at >= quickest:
+                    return index, max(arrived, sent.nxt), needless
+                needless = True
+        return 0, arrived, needless
 
     def _has_arrived(self, sent: Resent, una: int) -> bool:
         start = max(sent.start, una)
