@@ -75,6 +75,8 @@ ROWS = (
     Row("ztun_network_egress_up", "up", "network.egress.{to}.state", "1 for a family or proxy whose way out is up"),
     Row("ztun_network_lan_up", "up", "network.lan.{name}.state", "1 for a captured interface that is up"),
     Row("ztun_network_events", "counter", "network.events.{event}", "What the kernel told of the network"),
+    Row("ztun_memory_held_bytes", "gauge", "memory.held", "Bytes that TCP flows hold: windows' content and buffers"),
+    Row("ztun_memory_limit_bytes", "gauge", "memory.limit", "At most, see limits.memory"),
     Row("ztun_device_reads", "counter", "device.read", "Packets read from the TUN device"),
     Row("ztun_device_writes", "counter", "device.written", "Packets written to the TUN device"),
     Row("ztun_device_writes_refused", "counter", "device.refused", "Packets that the TUN device did not take"),

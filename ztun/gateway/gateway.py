@@ -319,6 +319,7 @@ class Gateway:
                 "freed": self._buffers.freed,
                 "free": len(self._buffers),
             },
+            "memory": {"held": stack.memory.used, "limit": stack.memory.limit},
             "device": {"read": self.engine.read, "written": self.engine.written, "refused": self.engine.refused},
             "drops": dict(stack.drops),
         }

@@ -15,6 +15,7 @@ from ztun.stack import Closed, Connection
 
 # Below this, bytes are copied: a view would keep a 64 KiB buffer alive for them.
 _COPY_BELOW = 8192
+_KEEP_FROM = 32768  # for what waits for the upstream: at most half of the memory it takes is not its own
 _READS = 8  # of one flow before the others get their turn
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _MAX_VECTORS = 64
@@ -98,7 +99,7 @@ class TcpRelay:
             self._pending = deque()
         size = len(payload)
         self._pending_size += size
-        if size >= _COPY_BELOW:
+        if size >= _KEEP_FROM:
             self._pending.append(payload)
         elif self._pending and len(last := self._pending[-1]) + size <= _COPY_BELOW:
             self._pending[-1] = memoryview(b"".join((last, payload)))  # an object for each byte would cost 200
