@@ -40,6 +40,7 @@ _UNICAST, _UNREACHABLE_TYPES = 1, (6, 7, 8)  # RTN_BLACKHOLE, RTN_UNREACHABLE, R
 _SETTLE, _MOST = 0.05, 0.4
 _CALM = 1.0
 _GLANCE = 0.01
+_BATCH = 256  # datagrams read before the loop gets its turn; a burst is some dozens
 _RETRY = 1.0  # seconds until the kernel is asked again that did not answer
 _MAX_DATAGRAM = 65536
 
@@ -53,7 +54,9 @@ class LinuxNetworkMonitor:
         self._mark = mark
         self._destinations: Callable[[], Iterable[str]] = tuple
         self._went: set[int] = set()  # indexes of interfaces that were set down in this burst, or are gone
-        self._wait = _SETTLE
+        self._news = asyncio.Event()
+        self._at_once: Callable[[], None] = lambda: None
+        self._timer: asyncio.TimerHandle | None = None
         self._sock = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
         )
@@ -78,33 +81,43 @@ class LinuxNetworkMonitor:
         """See ztun.ports.NetworkMonitor.events."""
         loop = asyncio.get_running_loop()
         looked_at = -_CALM
-        while True:
-            await self._notified()
-            self._wait = min(2 * self._wait, _MOST) if loop.time() - looked_at < _CALM else _SETTLE
-            if not await self._settle(at_once):
-                continue
-            before = self.state
-            await self._read_patiently()
-            looked_at = loop.time()
-            went, self._went = self._went, set()
-            if found := list(differences(before, self.state, went)):
-                self.counts["changes"] += 1
-                yield found
+        wait = _SETTLE
+        self._at_once = at_once
+        self._listen()
+        try:
+            while True:
+                await self._news.wait()
+                wait = min(2 * wait, _MOST) if loop.time() - looked_at < _CALM else _SETTLE
+                await asyncio.sleep(wait)
+                self._news.clear()
+                before = self.state
+                went, self._went = self._went, set()
+                await self._read_patiently()
+                looked_at = loop.time()
+                if found := list(differences(before, self.state, went)):
+                    self.counts["changes"] += 1
+                    yield found
+        finally:
+            self._listen_no_more()
 
-    async def _settle(self, at_once: Callable[[], None]) -> bool:
-        """Let the burst go on for a while, with a glance at it now and then. Whether any of it was worth a look."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + self._wait
-        is_news = False
-        while True:
-            links, overflows = self.counts["link"], self.counts["overflows"]
-            is_news |= self._drain()
-            if (self.counts["link"], self.counts["overflows"]) != (links, overflows):
-                at_once()
-            left = until - loop.time()
-            if left <= 0:
-                return is_news
-            await asyncio.sleep(min(left, _GLANCE))
+    def _listen(self) -> None:
+        asyncio.get_running_loop().add_reader(self._sock.fileno(), self._readable)
+
+    def _listen_no_more(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._sock.fileno())
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _readable(self) -> None:
+        """Note what is told, and do not listen for a moment: a storm costs a glance now and then."""
+        self._listen_no_more()
+        self._timer = asyncio.get_running_loop().call_later(_GLANCE, self._listen)
+        links, overflows = self.counts["link"], self.counts["overflows"]
+        if self._drain():
+            self._news.set()
+        if (self.counts["link"], self.counts["overflows"]) != (links, overflows):
+            self._at_once()
 
     async def _read_patiently(self) -> None:
         while True:
@@ -116,24 +129,14 @@ class LinuxNetworkMonitor:
             else:
                 return
 
-    async def _notified(self) -> None:
-        """Wait for a notification, and leave it unread."""
-        loop = asyncio.get_running_loop()
-        is_readable = asyncio.Event()
-        loop.add_reader(self._sock.fileno(), is_readable.set)
-        try:
-            await is_readable.wait()
-        finally:
-            loop.remove_reader(self._sock.fileno())
-
     def _drain(self) -> bool:
         """Read what was told. Whether any of it was worth a look."""
         is_news = False
-        while True:
+        for _ in range(_BATCH):
             try:
                 data = self._sock.recv(_MAX_DATAGRAM)
             except BlockingIOError:
-                return is_news
+                break
             except OSError as error:
                 # More was told than the socket holds. What is in it is no longer the whole truth; the kernel is.
                 if error.errno != errno.ENOBUFS:
@@ -148,6 +151,7 @@ class LinuxNetworkMonitor:
                 is_news = True
                 if kind == "link":
                     self._note_link(data, body)
+        return is_news
 
     def _note_link(self, data: bytes, body: int) -> None:
         _family, _type, ifindex, flags, _change = _LINK_MESSAGE.unpack_from(data, body)
