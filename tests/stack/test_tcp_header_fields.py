@@ -29,6 +29,18 @@ def test_the_hop_limit_can_be_configured(talk: Callable[..., Client]) -> None:
     assert ip_fields(client) == (7, 0)
 
 
+def test_also_that_of_segments_without_a_connection(talk: Callable[..., Client]) -> None:
+    client = talk(hop_limit=7)
+    client.says(ACK)
+    assert ip_fields(client) == (7, 0)  # the RST
+    client.connects().shuts_down()
+    client.hears(ACK | FIN)
+    client.says(ACK | FIN)
+    client.hears(ACK)
+    client.says(ACK | FIN, seq=1)
+    assert ip_fields(client) == (7, 0)  # from TIME-WAIT
+
+
 def test_the_dscp_can_be_set_and_changed(talk: Callable[..., Client]) -> None:
     client = talk(traffic_class=0xB8)
     client.opens()

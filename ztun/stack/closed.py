@@ -65,7 +65,7 @@ class Unconnected:
             self._time_wait.restart(key, now)
         elif seq == waiting.expected & MASK and not length and not bits & (tcp.SYN | tcp.FIN):
             return  # a plain ACK as it should be; answering it would go on for ever if the client did the same
-        self._stack.outbox.append((self._time_wait.acknowledgment(key, now),))
+        self._stack.outbox.append((self._time_wait.acknowledgment(key, self._stack.settings.hop_limit, now),))
 
     def _open(
         self, key: bytes, iss: int, packet: memoryview, seq: int, options: tcp.Options, window: int, now: float
@@ -75,7 +75,7 @@ class Unconnected:
         objection = stack.admission.objection(source)
         if objection is not None:
             stack.drop(objection)
-            stack.outbox.append((reset_for(reverse(key), 0, (seq + 1) & MASK),))
+            stack.outbox.append((reset_for(reverse(key), 0, (seq + 1) & MASK, stack.settings.hop_limit),))
             return
         conn = Connection(stack, key, iss, bytes(packet[_IP : _IP + _QUOTE]), seq, options, window, now)
         stack.connections[key] = conn
@@ -90,12 +90,12 @@ class Unconnected:
     def _reset(self, key: bytes, seq: int, ack: int, bits: int, length: int) -> None:
         """RFC 9293 section 3.10.7.1: the RST has the sequence number that its receiver will believe."""
         self._stack.drop("tcp-closed")
-        back = reverse(key)
+        back, hop_limit = reverse(key), self._stack.settings.hop_limit
         if bits & tcp.ACK:
-            self._stack.outbox.append((reset_for(back, ack, None),))
+            self._stack.outbox.append((reset_for(back, ack, None, hop_limit),))
             return
         counted = length + (1 if bits & tcp.SYN else 0) + (1 if bits & tcp.FIN else 0)
-        self._stack.outbox.append((reset_for(back, 0, (seq + counted) & MASK),))
+        self._stack.outbox.append((reset_for(back, 0, (seq + counted) & MASK, hop_limit),))
 
     def keep_in_time_wait(self, conn: Connection, now: float) -> None:
         """The connection is over, and its last ACK may be lost."""

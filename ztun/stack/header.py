@@ -185,10 +185,10 @@ class DatagramHeader:
         )  # fmt: skip
 
 
-def reset_for(key: bytes, seq: int, ack: int | None) -> bytes:
+def reset_for(key: bytes, seq: int, ack: int | None, hop_limit: int) -> bytes:
     """A RST packet of a flow without a connection (RFC 9293 section 3.10.7.1). key: as for FlowHeader."""
     flags = tcp.RST if ack is None else tcp.RST | tcp.ACK
-    return FlowHeader(key).pack(seq, ack or 0, flags, 0, b"", 0)
+    return FlowHeader(key, hop_limit).pack(seq, ack or 0, flags, 0, b"", 0)
 
 
 def reverse(key: bytes) -> bytes:

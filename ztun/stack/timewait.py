@@ -68,14 +68,14 @@ class TimeWaitTable:
         self._entries[key] = self._entries[key]._replace(until=now + self._time)
         self._entries.move_to_end(key)
 
-    def acknowledgment(self, key: bytes, now: float) -> bytes:
+    def acknowledgment(self, key: bytes, hop_limit: int, now: float) -> bytes:
         """The ACK that answers a segment of the old connection."""
         entry = self._entries[key]
         options = b""
         if entry.stamps is not None:
             stamp = (int(now * 1000) + entry.stamps[0]) & MASK
             options = tcp.TIMESTAMPS.pack(tcp.TIMESTAMP_LEAD, stamp, entry.stamps[1])
-        return FlowHeader(reverse(key)).pack(entry.nxt, entry.expected, tcp.ACK, 0xFFFF, options, 0)
+        return FlowHeader(reverse(key), hop_limit).pack(entry.nxt, entry.expected, tcp.ACK, 0xFFFF, options, 0)
 
     def _expire(self, now: float) -> None:
         entries = self._entries
