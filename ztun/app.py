@@ -39,6 +39,7 @@ from ztun.ports import Classifier, NetworkMonitor, Outbound, PacketDevice, Route
 from ztun.rules import Network, Rules
 
 log = structlog.get_logger("ztun.app")
+names_log = structlog.get_logger("ztun.names")
 
 # Marks ztun's own sockets (SO_MARK), so that they are never captured: "zt" in ASCII.
 MARK = 0x7A74
@@ -267,7 +268,7 @@ class Instance:
         fake = self.settings.dns.fake_ip
         store = None
         if fake.store is not None:
-            store = SqliteNameStore(str(fake.store), lambda line: log.warning(line))
+            store = SqliteNameStore(str(fake.store), _warn_of_names)
             self._undo.push("the store of Fake-IPs", store.close)
         try:
             return FakeIpPool(fake.range, fake.range6, fake.size, float(fake.ttl), store)
@@ -481,10 +482,14 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
     await asyncio.wait({task})
 
 
+def _warn_of_names(line: str) -> None:
+    names_log.warning("trouble with the store of Fake-IPs", detail=line)
+
+
 def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """What nobody was waiting for. It cost one flow; the others go on."""
     error = context.get("exception")
-    log.error(context.get("message", "unexpected error"), exc_info=error, error=repr(error))
+    log.error("unexpected error", detail=context.get("message"), exc_info=error, error=repr(error))
 
 
 def run_until_stopped(settings: Settings, announce: Announce) -> int:
