@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from log.conftest import Log
 from ztun.log.clean import Cleaner, escape
+from ztun.log.lines import processors
 from ztun.outbound.errors import unreachable
 from ztun.ports import Destination
 
@@ -122,3 +123,27 @@ def test_an_error_of_an_outbound_is_cleaned(log: Log) -> None:
 
     assert log.events[0]["detail"] == "evil\\x1b[2J\\u202e.example port 443: No route to host"
     assert "\x1b" not in json.dumps(log.text, ensure_ascii=False)
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+class _Named:
+    name = "ztun.app"
+
+
+@given(st.text(), st.dictionaries(st.sampled_from(["name", "detail", "level", "up"]), _VALUES))
+def test_whatever_comes_it_is_one_printable_line(event: str, values: dict[str, Any]) -> None:
+    cleaner = Cleaner([("u", "pass")])
+    for format in ("json", "console"):
+        line: Any = {"event": event, **values}
+        for processor in processors(cleaner, format, with_time=format == "json"):
+            line = processor(_Named(), "info", line)
+
+        assert line.isprintable()
+        if format == "json":
+            assert json.loads(line).keys() >= {"timestamp", "level", "logger", "event"}
