@@ -361,10 +361,6 @@ class Poller(Protocol):
         """Call `handler` with 0 in the next turn: it has more to do, and let the others have theirs."""
         ...
 
-    def at_end(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once when the events that are there now have been delivered."""
-        ...
-
 
 class SocketFactory(Protocol):
     """Makes ztun's own sockets: non-blocking and marked (SO_MARK, or IP_BOUND_IF) so that they are never captured.

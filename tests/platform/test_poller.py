@@ -303,45 +303,6 @@ async def test_the_others_have_their_turn_before_it_goes_on() -> None:
     assert log == ["busy", "news", "busy", "busy"]
 
 
-async def test_the_end_of_a_turn_comes_behind_its_events_and_once() -> None:
-    log: list[str] = []
-    with pairs(3) as made:
-
-        def told(mask: int) -> None:
-            log.append("news")
-            if log.count("news") == 1:
-                poller().at_end(lambda: log.append("end"))
-
-        for near, far in made:
-            poller().watch(near.fileno(), told)
-            far.send(HELLO)
-        await settle()
-    assert log == ["news", "news", "news", "end"]
-
-
-async def test_one_that_asks_at_the_end_is_called_at_the_next() -> None:
-    log: list[str] = []
-    poller().at_end(lambda: poller().at_end(lambda: log.append("second")))
-    await settle()
-    assert log == ["second"]
-
-
-async def test_asking_for_both_at_once_loses_neither() -> None:
-    """Whoever asks again while the end of the turn is still to come is called all the same, without any event."""
-    log: list[str] = []
-
-    def busy(mask: int) -> None:
-        log.append("busy")
-        if len(log) < 5:
-            poller().again(busy)
-
-    poller().again(busy)
-    poller().at_end(lambda: log.append("end"))
-    async with asyncio.timeout(5):
-        await settle()
-    assert log == ["busy", "end", "busy", "busy", "busy"]
-
-
 async def test_a_task_is_woken_from_a_handler() -> None:
     """The loop waits for something that is far away, and must come back for what a handler set off."""
     loop = asyncio.get_running_loop()
@@ -386,15 +347,13 @@ async def test_a_defect_of_one_costs_the_others_nothing() -> None:
         for owner, (near, far) in zip(owners, made, strict=True):
             poller().watch(near.fileno(), owner)
             far.send(HELLO)
-        more, ends = Owner(), []
+        more = Owner()
         for handler in (fails, more):
             poller().again(handler)
-        poller().at_end(fails)
-        poller().at_end(lambda: ends.append("end"))
         await settle()
         assert [owner.told for owner in owners] == [[READABLE]] * 3
-        assert (more.told, ends) == ([0], ["end"])
-        assert [type(context["exception"]) for context in heard] == [ZeroDivisionError] * 3
+        assert more.told == [0]
+        assert [type(context["exception"]) for context in heard] == [ZeroDivisionError] * 2
 
 
 # Beside asyncio.

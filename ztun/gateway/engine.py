@@ -41,7 +41,6 @@ class Engine:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = NEVER
         self._trimmer: asyncio.TimerHandle | None = None
-        self._deferred: list[Callable[[], None]] = []
 
     def start(self) -> None:
         self.poller.watch_level(self._device.fileno(), self._readable)
@@ -50,7 +49,6 @@ class Engine:
     def stop(self) -> None:
         """Stop reading and say what is left to say."""
         self.poller.unwatch(self._device.fileno())
-        self._run_deferred()
         self.send()
         if self._timer is not None:
             self._timer.cancel()
@@ -72,24 +70,6 @@ class Engine:
         when = self.stack.get_timer()
         if when is not None and when < self._timer_at:
             self._arm(when)
-
-    def defer(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once at the end of this turn, before what is in the outbox then is sent."""
-        if not self._deferred:
-            self.poller.at_end(self._end_turn)
-        self._deferred.append(callback)
-
-    def _end_turn(self) -> None:
-        self._run_deferred()
-        self.send()
-
-    def _run_deferred(self) -> None:
-        deferred, self._deferred = self._deferred, []
-        for callback in deferred:
-            try:
-                callback()
-            except Exception:
-                self._failed()
 
     def _readable(self, mask: int) -> None:
         now = time.monotonic()

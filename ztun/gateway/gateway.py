@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -237,12 +238,11 @@ class Gateway:
         """Four system calls that most flows do not live long enough to need."""
         self._look_at_young = self._loop.call_later(_YOUNG, self._keep_alive)
         before = self.engine.now() - _YOUNG
-        for flow, started in list(self._young.items()):
-            if started > before:
-                break
-            if flow.relay is not None:
-                flow.relay.keep_alive(self._keepalive_interval)
-                del self._young[flow]
+        grown_up = itertools.takewhile(lambda flow: self._young[flow] <= before, self._young)
+        for flow in [flow for flow in grown_up if flow.relay is not None]:
+            assert flow.relay is not None
+            flow.relay.keep_alive(self._keepalive_interval)
+            del self._young[flow]
 
     # DNS that clients sent elsewhere.
 

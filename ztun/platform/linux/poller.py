@@ -32,7 +32,6 @@ class EpollPoller:
         self._coming = False  # a look here is arranged
         self._handlers: dict[int, ReadyHandler] = {}
         self._again: list[ReadyHandler] = []
-        self._at_end: list[Callable[[], None]] = []
 
     def watch(self, fd: int, handler: ReadyHandler, *, writing: bool = False) -> None:
         """See ztun.ports.Poller.watch. Raises OSError where the kernel has no memory for one more."""
@@ -63,19 +62,10 @@ class EpollPoller:
 
     def again(self, handler: ReadyHandler) -> None:
         """See ztun.ports.Poller.again."""
-        self._come_back()
-        self._again.append(handler)
-
-    def at_end(self, callback: Callable[[], None]) -> None:
-        """See ztun.ports.Poller.at_end."""
-        self._come_back()
-        self._at_end.append(callback)
-
-    def _come_back(self) -> None:
-        """An event loop of somebody else's looks here only when there is an event."""
-        if self._nested and not self._coming:
+        if self._nested and not self._coming:  # somebody else's event loop looks here only when there is an event
             self._coming = True
             asyncio.get_running_loop().call_soon(self.wait, 0.0)
+        self._again.append(handler)
 
     def wait(self, seconds: float) -> list[tuple[int, int]]:
         """Wait for events, at most so long (below 0: for ever), and deliver them. Returns those that nobody watches."""
@@ -86,7 +76,7 @@ class EpollPoller:
         others = []
         get = self._handlers.get
         try:
-            for event in self.epoll.poll(0.0 if more or self._at_end else seconds, _MOST_EVENTS):
+            for event in self.epoll.poll(0.0 if more else seconds, _MOST_EVENTS):
                 handler = get(event[0])
                 if handler is None:
                     others.append(event)
@@ -97,22 +87,12 @@ class EpollPoller:
                     _complain(error)
         except InterruptedError:
             pass
-        if more or self._at_end:
-            self._finish_turn(more)
-        return others
-
-    def _finish_turn(self, more: list[ReadyHandler]) -> None:
         for handler in more:
             try:
                 handler(0)
             except Exception as error:
                 _complain(error)
-        ends, self._at_end = self._at_end, []
-        for callback in ends:
-            try:
-                callback()
-            except Exception as error:
-                _complain(error)
+        return others
 
 
 def _complain(error: Exception) -> None:
