@@ -13,7 +13,7 @@ import select
 import selectors
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ztun.ports import ReadyHandler
