@@ -40,7 +40,6 @@ class StopRequest:
 
     def _on_signal(self, number: signal.Signals) -> None:
         if number is signal.SIGHUP and self._had_terminal == has_terminal() and self._reopen():
-            log.info("log file opened again")
             return
         if self.asked.is_set():
             log.warning("stopping at once", signal=number.name)

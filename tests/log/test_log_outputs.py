@@ -133,6 +133,24 @@ def test_reopening_what_cannot_be_opened_keeps_the_old_file(tmp_path: Path) -> N
     assert lines_of(tmp_path / "moved" / "ztun.log") == ["still here"]
 
 
+def test_reopening_is_told_in_the_file_that_is_used_then(tmp_path: Path, log: Log) -> None:
+    directory = tmp_path / "logs"
+    directory.mkdir()
+    log.configure(file=directory / "ztun.log")
+    assert log.system.reopen()
+    moved = directory.rename(tmp_path / "moved")
+    assert log.system.reopen()
+
+    events = [json.loads(line) for line in lines_of(moved / "ztun.log")]
+    assert [event["event"] for event in events] == ["log file opened again", "log file not opened again"]
+    assert events[1]["reason"] == "cannot be opened again: No such file or directory"
+
+
+def test_without_a_file_there_is_nothing_to_reopen(log: Log) -> None:
+    log.configure(file=None)
+    assert not log.system.reopen()
+
+
 def test_descriptors_do_not_pile_up(tmp_path: Path) -> None:
     output = FileOutput(tmp_path / "ztun.log", limit=100, keep=2)
     before = len(os.listdir("/proc/self/fd"))

@@ -121,9 +121,13 @@ class LogSystem:
     def reopen(self) -> bool:
         """Open the log file anew, after somebody renamed it. False where there is no file."""
         with self._lock:
-            if not isinstance(self._output, FileOutput):
+            output = self._output
+            if not isinstance(output, FileOutput):
                 return False
-            self._output.reopen()
+            if output.reopen():
+                self.bound("ztun.app").info("log file opened again")
+            else:  # the old one stays in use: it is where this can be said
+                self.bound("ztun.app").error("log file not opened again", reason=output.fault)
             return True
 
     def statistics(self) -> dict[str, Any]:
