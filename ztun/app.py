@@ -45,6 +45,8 @@ names_log = structlog.get_logger("ztun.names")
 MARK = 0x7A74
 # The classifier takes the gateway for dead after a second without a sign.
 HEARTBEAT_INTERVAL = 0.2
+# How often the TUN is made again before it is left to a person.
+_MOST_REVIVALS, _REVIVAL_PERIOD = 10, 60.0
 Announce = Callable[[Mapping[str, Any]], None]
 # Empty sections, so that the keys of `status --json` are there from the first moment on.
 _NO_STATISTICS: dict[str, Any] = {
@@ -105,6 +107,8 @@ class Instance:
         self._loop = asyncio.get_running_loop()
         self._sockets = platform.make_socket_factory(MARK)
         self._classifier: Classifier | None = None
+        self._device: PacketDevice | None = None
+        self._revivals: list[float] = []
         self._routes: Routes | None = None
         self._gateway: Gateway | None = None
         self._outbounds: dict[str, Outbound] = {}
@@ -210,6 +214,7 @@ class Instance:
             outbounds=outbounds,
             options=self._gateway_options(),
         )
+        self._device = device
         gateway.engine.device_lost = self._device_lost
         self._undo.push("the flows", gateway.stop)
         gateway.start()
@@ -391,12 +396,34 @@ class Instance:
         self._classifier.heartbeat()
 
     def _device_lost(self, error: OSError) -> None:
-        reason = (error.strerror or str(error)).lower()
-        self.failure = ZtunError(
-            f"lost the interface {self.settings.tun.name} ({reason}): someone removed it; start ztun again"
-        )
-        log.error("the TUN device is gone, stopping", device=self.settings.tun.name, reason=reason)
-        self._stop.ask()
+        name, reason = self.settings.tun.name, (error.strerror or str(error)).lower()
+        try:
+            self._revive_device()
+        except (ZtunError, OSError) as problem:
+            self.failure = ZtunError(f"lost the interface {name} ({reason}), and cannot make it again: {problem}")
+            log.error("the TUN device is gone, stopping", device=name, reason=reason, remedy=str(problem))
+            self._stop.ask()
+        else:
+            log.warning("somebody removed the TUN, made it again", device=name)
+
+    def _revive_device(self) -> None:
+        """Put another TUN in the place of the one that was removed; the flows did not notice yet. Raises ZtunError."""
+        assert self._device is not None
+        assert self._routes is not None
+        assert self._classifier is not None
+        assert self._gateway is not None
+        if self.state != "running":
+            raise ZtunError(f"the instance is {self.state}")
+        now = self._loop.time()
+        self._revivals = [then for then in self._revivals if now - then < _REVIVAL_PERIOD]
+        if len(self._revivals) >= _MOST_REVIVALS:
+            raise ZtunError(f"it was removed {_MOST_REVIVALS} times within {_REVIVAL_PERIOD:g} s; find out by whom")
+        self._revivals.append(now)
+        self._device.reopen()
+        self._routes.restore()
+        self._classifier.reinstall()
+        self._classifier.attach()
+        self._gateway.engine.read_again()
 
     # What the control socket tells.
 

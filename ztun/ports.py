@@ -63,6 +63,13 @@ class PacketDevice(Protocol):
         """Write one packet given in pieces, virtio_net_hdr first. False when the kernel refused it (counted)."""
         ...
 
+    def reopen(self) -> None:
+        """Make a device of the same name and put it in the place of this one, which somebody removed.
+
+        The descriptor keeps its number, and has to be watched anew. Raises ZtunError.
+        """
+        ...
+
     def close(self) -> None: ...
 
 

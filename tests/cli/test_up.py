@@ -198,12 +198,18 @@ def test_a_step_that_cannot_be_undone_is_told_and_the_others_are(lab: Lab) -> No
     )
 
 
-def test_when_the_device_is_taken_away_it_ends_and_says_why(lab: Lab) -> None:
+def test_when_the_device_is_taken_away_and_its_name_is_too_it_ends_and_says_why(lab: Lab) -> None:
     instance = launch(lab, SITE)
     instance.wait_ready()
-    lab.gateway.ip("link del ztun0")
-    assert ended(instance) == 1
-    assert "ztun: lost the interface ztun0" in instance.output.splitlines()[-1]
+    os.kill(instance.pid, signal.SIGSTOP)
+    lab.gateway.ip("link del ztun0", "link add ztun0 type veth peer name other0")
+    try:
+        os.kill(instance.pid, signal.SIGCONT)
+        assert ended(instance) == 1
+        assert "ztun: lost the interface ztun0" in instance.output.splitlines()[-1]
+        assert "cannot make it again: interface ztun0 exists already" in instance.output.splitlines()[-1]
+    finally:
+        lab.gateway.ip("link del ztun0")
 
 
 def test_a_loop_that_hangs_lets_traffic_pass_and_takes_over_again(lab: Lab) -> None:

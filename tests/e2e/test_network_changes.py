@@ -342,6 +342,7 @@ def test_a_default_route_that_goes_back_and_forth_under_traffic(lab: Lab) -> Non
 @BACKENDS
 def test_another_address_of_the_uplink(lab: Lab, backend: str) -> None:
     instance = start(lab, on(backend))
+    assert ask_udp(lab.client, plan.SITE4, plan.ECHO_PORT, b"before") == b"before"
     with lab.client.connect(plan.SITE4, plan.BANNER_PORT, timeout=5) as sock:
         assert sock.recv(100)
 
@@ -357,6 +358,9 @@ def test_another_address_of_the_uplink(lab: Lab, backend: str) -> None:
         assert time.monotonic() - started < SOON
     assert seen_as(lab) == plan.UPSTREAM4
     soon(lambda: {way["address"] for way in instance.status()["network"]["egress"]} >= {"10.20.0.7"})
+    # The association went with its control connection.
+    soon(lambda: instance.status()["udp"]["active"] == 0)
+    assert ask_udp(lab.client, plan.SITE4, plan.ECHO_PORT, b"after") == b"after"
 
 
 @BACKENDS
@@ -466,6 +470,27 @@ def test_a_tun_that_is_set_down_is_set_up_again(lab: Lab, backend: str) -> None:
     addresses = lab.gateway.run("ip", "-brief", "address", "show", "ztun0").stdout
     assert "198.18.0.1/15" in addresses
     assert "2001:2::1/48" in addresses
+
+
+@BACKENDS
+def test_a_tun_that_is_removed_is_made_again_and_flows_go_on(lab: Lab, backend: str) -> None:
+    instance = start(lab, on(backend))
+    path = lab.file(64)
+    before = figures(instance)
+    with lab.client.connect(plan.SITE4, plan.HTTP_PORT, timeout=30) as sock:
+        sock.sendall(f"GET /files/{path.name} HTTP/1.0\r\n\r\n".encode())
+        received = len(read_exactly(sock, 1 << 20))
+        for _ in range(3):
+            lab.gateway.ip("link del ztun0")
+            soon(lambda: "ztun0" in {name for _, name in _links(lab)})
+            received += len(read_exactly(sock, 1 << 20))
+        while data := sock.recv(1 << 20):
+            received += len(data)
+    assert received > 64 << 20
+    assert lab.page("http://site.test/")["client"] in (plan.UPSTREAM4, plan.UPSTREAM6)
+    assert lab.page(f"http://[{plan.SITE6}]/")["client"] == plan.UPSTREAM6
+    assert instance.output.count("somebody removed the TUN, made it again") == 3
+    soon(lambda: {**figures(instance), "cpu": 0} == {**before, "cpu": 0})
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ class Engine:
         self.written = 0
         self.refused = 0  # writes that the kernel did not take
         self.errors = 0
-        self.device_lost: Callable[[OSError], None] | None = None  # told once, when nothing can be read any more
+        self.device_lost: Callable[[OSError], None] | None = None  # told when nothing can be read any more
         self._device = device
         self._buffer = pool.get()
         self.scratch = pool.get()  # to read into; who keeps it puts another one here
@@ -45,6 +45,10 @@ class Engine:
     def start(self) -> None:
         self.poller.watch_level(self._device.fileno(), self._readable)
         self._trim()
+
+    def read_again(self) -> None:
+        """After `device_lost`: there is another device in its place."""
+        self.poller.watch_level(self._device.fileno(), self._readable)
 
     def stop(self) -> None:
         """Stop reading and say what is left to say."""

@@ -39,6 +39,7 @@ class TunRoutes:
         self._addresses: list[Interface] = [ip_interface(address) for address in addresses]
         self._ranges: list[Network] = [ip_network(network) for network in ranges]
         self._is_up = False
+        self._prepared = 0  # the index of the device that multicast was taken from
 
     def up(self) -> None:
         """Set the link up with addresses and routes. Raises ZtunError naming what the kernel refused."""
@@ -49,7 +50,7 @@ class TunRoutes:
     def restore(self) -> None:
         """Put back what somebody took: link up, addresses, routes. Raises ZtunError. Without effect unless up."""
         if self._is_up:
-            self._set_up(again=True)
+            self._set_up()
 
     def down(self) -> None:
         """Take addresses (and with them the routes) away and the link down. The sysctls go with the device."""
@@ -70,10 +71,12 @@ class TunRoutes:
             return {"routes": [], "ip_rules": []}
         return {"routes": netlink.run(self._list), "ip_rules": netlink.run(_list_rules)}
 
-    def _set_up(self, *, again: bool = False) -> None:
+    def _set_up(self) -> None:
         try:
-            if not again:  # it holds as long as the device is the same
+            index = socket.if_nametoindex(self._device)
+            if index != self._prepared:  # it holds as long as the device is the same
                 netlink.run(self._renounce_multicast)
+                self._prepared = index
             self._set_sysctls()
             netlink.run(self._install)
         except (netlink.NetlinkError, OSError) as error:

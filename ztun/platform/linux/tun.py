@@ -85,6 +85,15 @@ class TunDevice:
             self.send(datagram)
         return self.send_errors == refused
 
+    def reopen(self) -> None:
+        """See ztun.ports.PacketDevice.reopen."""
+        fresh = open_tun(self.name, self.mtu)
+        try:
+            os.dup2(fresh.fileno(), self._fd, inheritable=False)
+            self.cuts_datagrams = fresh.cuts_datagrams
+        finally:
+            fresh.close()
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
