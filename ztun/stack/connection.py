@@ -399,7 +399,7 @@ class Connection(Segments):
                 tx.loss.echo = options.timestamps[1] if options.timestamps is not None else None
             if tx.rtt.backed_off and options.timestamps is not None and self.timestamps:
                 self._measure(options.timestamps[1], now)
-        if ack > una or tx.flight() or before != tx.wnd:
+        if ack > una or tx.flight() or before != tx.wnd or sack or tx.loss is not None:
             tx.acknowledge(ack, empty, before == tx.wnd, sack, now)
             if self.state is State.ESTABLISHED or self.state is State.CLOSE_WAIT:
                 if self.handler is not None and (ack > una or tx.wnd > before or tx.has_holes()):

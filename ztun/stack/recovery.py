@@ -69,12 +69,12 @@ class LossRecovery:
     # What the ACKs say.
 
     def acknowledge(self, ack: int, duplicate: bool, sack: _Blocks, now: float) -> None:
-        """Process an acceptable ACK; the sender has advanced already. duplicate: RFC 5681 section 2, without SACK."""
+        """Process an acceptable ACK; the sender has advanced already. duplicate: as RFC 5681 section 2 has it."""
         tx = self._tx
         if self.probe_end is not None:
             self._judge_probe(ack, duplicate, sack)
-        if sack:
-            duplicate = self._take_sack(ack, sack, now)
+        if tx.has_sack:
+            duplicate = bool(sack) and self._take_sack(ack, sack, now)
         if duplicate and tx.wnd and tx.nxt > tx.una:
             self.duplicates += 1  # RFC 6675 section 2: with SACK an ACK that brings news
         if tx.nxt > tx.una:
@@ -265,9 +265,9 @@ class LossRecovery:
         """The retransmission timer expired. repeated: not for the first time since anything was acknowledged."""
         tx, board = self._tx, self.board
         self.timed_out_at = now
-        if self.state is Recovery.NONE and not repeated:
+        if self.state is Recovery.NONE:
             self._remember(now)
-        else:
+        elif self.state is Recovery.FAST:
             self._before = None
         tx.cc.time_out(tx.flight(), repeated)
         self._begin(Recovery.LOSS)

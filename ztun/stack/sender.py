@@ -295,7 +295,7 @@ class Sender:
             loss = self.loss = LossRecovery(self)
         if ack > self.una:
             self._advance(ack, now)
-        loss.acknowledge(ack, duplicate and not self.has_sack, sack, now)
+        loss.acknowledge(ack, duplicate, sack, now)
         if loss.is_over():
             self.loss = None
         if loss.due is not None and self.rto_at is not None:
@@ -316,7 +316,7 @@ class Sender:
         time-out would grow with each such case. So it counts from the second one, if that can have been answered; and
         it is never more than the time-out.
         """
-        if self.loss is not None and self.rtt.lowest <= now - self.loss.timed_out_at < elapsed:
+        if self.loss is not None and 0.9 * self.rtt.lowest < now - self.loss.timed_out_at < elapsed:
             elapsed = now - self.loss.timed_out_at
         self.rtt.restore()
         self.rtt.sample(min(elapsed, self.rtt.rto))
