@@ -79,6 +79,14 @@ def test_every_error_is_a_line(tmp_path: Path) -> None:
     assert json.loads(done.stdout) == {"ok": False, "errors": [line.removeprefix("ztun: ") for line in lines]}
 
 
+def test_what_the_machine_lacks_is_said_together(tmp_path: Path) -> None:
+    rules = [{"geoip": ["de"], "outbound": "direct"}]
+    wrong = {"capture": {"host": True}, "route": {"rules": rules, "geoip_database": str(tmp_path / "none.mmdb")}}
+    done = check(tmp_path, wrong)
+    assert done.returncode == 2
+    assert [line.split(": ")[1] for line in done.stderr.splitlines()] == ["capture.host", "route.geoip_database"]
+
+
 @pytest.mark.parametrize(
     ("database", "says"),
     [(None, "cannot read"), (b"text", "is not a MaxMind DB file; give one of countries, ending in .mmdb")],

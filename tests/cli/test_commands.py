@@ -114,7 +114,7 @@ def test_version() -> None:
 def test_help_names_every_command() -> None:
     done = ztun("--help")
     assert done.returncode == 0
-    for command in ("up", "down", "status", "routes", "check", "demo"):
+    for command in ("up", "down", "status", "routes", "check", "schema", "demo"):
         assert f"  {command} " in done.stdout
 
 

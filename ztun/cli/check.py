@@ -22,9 +22,7 @@ def run_check(file: Path, *, json: bool) -> int:
     With `json`, the errors are printed as JSON as well.
     """
     try:
-        settings = load(file, os.environ)
-        machine.require_supported(settings)
-        report = {"ok": True, "errors": [], **describe(settings)}
+        report = {"ok": True, "errors": [], **_look_at(load(file, os.environ))}
     except ConfigError as error:
         if json:
             print(to_json({"ok": False, "errors": str(error).splitlines()}))
@@ -34,6 +32,23 @@ def run_check(file: Path, *, json: bool) -> int:
     else:
         _show(file, report)
     return 0
+
+
+def _look_at(settings: Settings) -> dict[str, Any]:
+    """`describe`; what this machine cannot do is said together with what is wrong with the country database."""
+    complaints: list[str] = []
+    report: dict[str, Any] = {}
+    try:
+        machine.require_supported(settings)
+    except ConfigError as error:
+        complaints.append(str(error))
+    try:
+        report = describe(settings)
+    except ConfigError as error:
+        complaints.append(str(error))
+    if complaints:
+        raise ConfigError("\n".join(complaints))
+    return report
 
 
 def describe(settings: Settings) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -161,6 +162,15 @@ def check(
     from ztun.cli.check import run_check
 
     return run_check(file, json=json)
+
+
+@application.command()
+def schema() -> int:
+    """Print the JSON Schema of the configuration file."""
+    from ztun.config.schema import make_schema
+
+    print(dumps(make_schema(), indent=2))
+    return 0
 
 
 @application.command()

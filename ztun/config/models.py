@@ -21,23 +21,25 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from ztun.config import values
+from ztun.config import patterns, values
 from ztun.config.values import Network, split_endpoint
 
-InterfaceName = Annotated[str, PlainValidator(values.parse_interface_name)]
-Listen = Annotated[str, PlainValidator(values.parse_listen)]
-DnsServer = Annotated[str, PlainValidator(values.parse_dns_server)]
-Cidr = Annotated[Network, PlainValidator(values.parse_network)]
-Cidr4 = Annotated[IPv4Network, PlainValidator(values.parse_network4)]
-Cidr6 = Annotated[IPv6Network, PlainValidator(values.parse_network6)]
-Address4 = Annotated[IPv4Interface, PlainValidator(values.parse_interface4)]
-Address6 = Annotated[IPv6Interface, PlainValidator(values.parse_interface6)]
-Name = Annotated[str, PlainValidator(values.parse_name)]
-Keyword = Annotated[str, PlainValidator(values.parse_keyword)]
-Country = Annotated[str, PlainValidator(values.parse_country)]
-Ports = Annotated[tuple[int, int], PlainValidator(values.parse_ports), PlainSerializer(values.write_ports)]
-Tag = Annotated[str, PlainValidator(values.parse_tag)]
-FilePath = Annotated[Path, PlainValidator(values.parse_path)]
+InterfaceName = Annotated[str, PlainValidator(values.parse_interface_name), patterns.INTERFACE]
+Listen = Annotated[str, PlainValidator(values.parse_listen), patterns.LISTEN]
+DnsServer = Annotated[str, PlainValidator(values.parse_dns_server), patterns.DNS_SERVER]
+Cidr = Annotated[Network, PlainValidator(values.parse_network), patterns.NETWORK]
+Cidr4 = Annotated[IPv4Network, PlainValidator(values.parse_network4), patterns.NETWORK4]
+Cidr6 = Annotated[IPv6Network, PlainValidator(values.parse_network6), patterns.NETWORK6]
+Address4 = Annotated[IPv4Interface, PlainValidator(values.parse_interface4), patterns.ADDRESS4]
+Address6 = Annotated[IPv6Interface, PlainValidator(values.parse_interface6), patterns.ADDRESS6]
+Name = Annotated[str, PlainValidator(values.parse_name), patterns.NAME]
+Keyword = Annotated[str, PlainValidator(values.parse_keyword), patterns.KEYWORD]
+Country = Annotated[str, PlainValidator(values.parse_country), patterns.COUNTRY]
+Ports = Annotated[
+    tuple[int, int], PlainValidator(values.parse_ports), PlainSerializer(values.write_ports), patterns.PORTS
+]
+Tag = Annotated[str, PlainValidator(values.parse_tag), patterns.TAG]
+FilePath = Annotated[Path, PlainValidator(values.parse_path), patterns.PATH]
 Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 DrainSeconds = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -97,7 +99,7 @@ class OutboundSettings(Section):
 
     tag: Tag
     type: Literal["socks5", "http"]
-    server: Annotated[str, PlainValidator(values.parse_server)]
+    server: Annotated[str, PlainValidator(values.parse_server), patterns.SERVER]
     username: str | None = None
     password: SecretStr | None = None
 
@@ -193,7 +195,7 @@ class LevelSettings(Section):
 class RotateSettings(Section):
     """size: bytes, or as "10MB", after which the file is renamed; keep: how many old ones stay."""
 
-    size: Annotated[int, PlainValidator(values.parse_size)] = 10_000_000
+    size: Annotated[int, PlainValidator(values.parse_size), patterns.SIZE] = 10_000_000
     keep: Annotated[Whole, Field(ge=1, le=1000)] = 5
 
 
@@ -222,7 +224,7 @@ class LogSettings(Section):
 
 
 class ControlSettings(Section):
-    socket: Annotated[Path, PlainValidator(values.parse_socket_path)] = Path("/run/ztun/control.sock")
+    socket: Annotated[Path, PlainValidator(values.parse_socket_path), patterns.PATH] = Path("/run/ztun/control.sock")
 
 
 class Settings(BaseSettings):
