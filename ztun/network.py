@@ -136,7 +136,11 @@ class NetworkKeeper:
         self._parts.sockets.dead = _dead_addresses(now)
         former = {way.ifname for way in self._ways.values()}
         found = {to: path for to, path in now.paths.items() if path is not None}
-        is_another = any(self._is_another(to, path, before) for to, path in found.items())
+        is_another = any(self._ways.get(to, path)[:3] != path[:3] for to, path in found.items())
+        # A destination that nobody asked for until now is no change.
+        is_altered = is_another or any(
+            path != now.paths.get(to) for to, path in before.paths.items() if to in now.paths
+        )
         self._ways.update(found)
         is_usable = self._is_usable(now)
         if not is_usable and not self._paused:
@@ -144,20 +148,14 @@ class NetworkKeeper:
         # A link without carrier keeps its connections; those that are only being made are given up.
         went = any(not up for _kind, _name, up in events)
         count = await self._monitor.reset_stranded(before, former) if went or is_another else 0
-        if count or (is_another and events):
+        if count or is_altered:
             log.info("ways out changed", egress=_say_ways(found.values()), connections_reset=count)
         if is_usable and self._paused:
             self._paused = False
             self._parts.gateway.resume()
             log.info("the network is back, going on")
-            is_another = True
-        if events and is_another and is_usable:
-            self._parts.changed(True)
-
-    def _is_another(self, to: str, path: Path, before: NetworkState) -> bool:
-        """Whether the way there is not what it was; one that nobody asked for until now is not."""
-        known = self._ways.get(to)
-        return known[:3] != path[:3] if known is not None else to in before.paths and before.paths[to] is None
+        if is_altered:
+            self._parts.changed(is_usable)
 
     def _pause(self, now: NetworkState) -> None:
         self._paused = True
@@ -165,7 +163,6 @@ class NetworkKeeper:
         reason = f"no carrier on {', '.join(down)}" if down else "no route to anywhere"
         log.warning("the network is gone, pausing until it is back", reason=reason)
         self._parts.gateway.pause(reason)
-        self._parts.changed(False)
 
     async def _keep_addresses(self, before: NetworkState, now: NetworkState, events: Sequence[NetworkEvent]) -> None:
         addresses = sorted(entry for entry in now.addresses if entry[0] != self._parts.device)
@@ -229,7 +226,7 @@ def _dead_addresses(now: NetworkState) -> frozenset[str]:
 
 
 def _say_ways(paths: Iterable[Path]) -> list[str]:
-    return list(dict.fromkeys(f"{path.ifname} {path.source}" for path in paths))
+    return list(dict.fromkeys(f"{path.ifname} {path.source}{'' if path.up else ' (down)'}" for path in paths))
 
 
 def _say_event(event: NetworkEvent) -> str:

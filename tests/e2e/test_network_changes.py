@@ -272,6 +272,25 @@ def test_without_a_carrier_as_well(lab: Lab) -> None:
     soon(lambda: seen_as(lab) == plan.UPSTREAM4)
 
 
+def test_of_two_uplinks_one_without_a_carrier(lab: Lab) -> None:
+    """What needs that one fails at once, and the rest goes on: no pause."""
+    add_uplink(lab)
+    lab.gateway.ip(f"route replace default via {NEXT4}")
+    instance = start(lab, {**BASE, "timeouts": {"dial": 10}})
+
+    lab.upstream.ip("link set eth0 down")
+
+    soon(lambda: "down" in {way["state"] for way in instance.status()["network"]["egress"]}, 1 + SOON)
+    assert instance.status()["network"]["state"] == "up"
+    started = time.monotonic()
+    with pytest.raises(OSError, match="No route to host"):  # by a proxy on its network
+        lab.client.connect(plan.SITE4, plan.HTTP_PORT)
+    with lab.client.connect(plan.SITE4, plan.ECHO_PORT) as sock:  # by the outbound `direct`
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+    assert time.monotonic() - started < SOON
+
+
 def test_a_connection_outlives_a_short_loss_of_the_link(lab: Lab) -> None:
     instance = start(lab, BASE)
     with lab.client.connect(plan.SITE4, plan.BANNER_PORT, timeout=30) as sock:
