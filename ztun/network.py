@@ -193,16 +193,22 @@ class NetworkKeeper:
                     "gateway": path.gateway,
                     "state": "up" if path.up else "down",
                 }
-                for label, to in self._labels()
-                if (path := state.paths.get(to)) is not None
+                for label, path in self._best_paths(state).items()
             ],
             "lan": [self._describe_lan(name, state) for name in self._parts.lan],
             "events": dict(self._monitor.counts),
         }
 
-    def _labels(self) -> list[tuple[str, str]]:
+    def _best_paths(self, state: NetworkState) -> dict[str, Path]:
+        """The way to each family and proxy: of a proxy with several addresses, the first that is up."""
         servers = self._parts.servers()
-        return [*_ANYWHERE.items(), *((tag, server) for tag, some in servers.items() for server in some)]
+        labels = [*_ANYWHERE.items(), *((tag, server) for tag, some in servers.items() for server in some)]
+        best: dict[str, Path] = {}
+        for label, to in labels:
+            path = state.paths.get(to)
+            if path is not None and (label not in best or (path.up and not best[label].up)):
+                best[label] = path
+        return best
 
     def _describe_lan(self, name: str, state: NetworkState) -> dict[str, Any]:
         captured = self._parts.classifier.captured().get(name, "absent")
