@@ -44,13 +44,16 @@ def write_database(path: Path, records: Mapping[str, Any]) -> None:
             node = node[bit]
         node[address >> (128 - length) & 1] = _encode(record)
     numbers = {id(node): number for number, node in enumerate(nodes)}
-    tree, data = b"", b""
+    tree, data = bytearray(), bytearray()
+    places: dict[bytes, int] = {}  # records that are alike are written once, as in the real files
     for node in nodes:
         for record in node:
             value = len(nodes) if record is None else numbers.get(id(record), -1)
             if isinstance(record, bytes):
-                value = len(nodes) + 16 + len(data)
-                data += record
+                if record not in places:
+                    places[record] = len(nodes) + 16 + len(data)
+                    data += record
+                value = places[record]
             tree += value.to_bytes(3)
     metadata = {
         "node_count": _Unsigned(len(nodes), 4),

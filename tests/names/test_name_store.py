@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from pathlib import Path
 
@@ -84,6 +89,115 @@ def test_every_address_that_was_given_out_survives_kill_9(path: Path, said: list
         assert pool.name_of(ip_address(address).packed) == name
     assert said == []
     store.close()
+
+
+SAVE_FOR_EVER = """
+import sys
+from ztun.names.store import SqliteNameStore
+store = SqliteNameStore(sys.argv[1], print)
+serial = int(sys.argv[2])
+while True:
+    for slot in range(64):
+        store.save(slot, f"host{serial}-{slot}.example")
+        print(serial, slot, flush=True)
+        serial += 1
+"""
+
+
+def test_a_process_that_is_killed_again_and_again_while_it_saves_loses_nothing(path: Path, said: list[str]) -> None:
+    """Twenty-five times, at any moment: what was saved is there, and of what was being saved all or nothing."""
+    moments = random.Random(1)
+    saved: dict[int, int] = {}
+    for start in range(0, 25_000_000, 1_000_000):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVE_FOR_EVER, str(path), str(start)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        lines = [process.stdout.readline()]
+        time.sleep(moments.uniform(0, 0.05))
+        process.kill()
+        lines += process.stdout.read().splitlines(keepends=True)
+        assert process.wait() == -signal.SIGKILL
+        process.stdout.close()
+        for line in lines:
+            if line.endswith("\n"):
+                serial, slot = map(int, line.split())
+                saved[slot] = serial
+        found = reopened(path, said)
+        assert said == []
+        assert found.keys() == saved.keys() | found.keys()
+        late = {slot for slot, name in found.items() if name != f"host{saved.get(slot)}-{slot}.example"}
+        assert len(late) <= 1  # one save was done and not yet told
+        assert all(found[slot] == f"host{serial + 1}-{slot}.example" for slot in late)
+        saved |= dict.fromkeys(late, serial + 1)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for 1 MiB."""
+    path = tmp_path / "tiny"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "ztun-test", str(path)], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_a_full_disk_is_said_once_and_what_found_no_room_is_kept_when_there_is_some(
+    tiny: Path, said: list[str]
+) -> None:
+    path = tiny / "fake-ip.db"
+    store = SqliteNameStore(str(path), said.append)
+    store.save(0, "before.example")
+    ballast = tiny / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    names = {slot: f"{'x' * 60}.host{slot}.example" for slot in range(1, 300)}
+    for slot, name in names.items():
+        store.save(slot, name)
+    assert len(said) == 1
+    assert said[0].startswith(f"dns.fake_ip.store: {path}: ")
+    assert said[0].endswith("; new Fake-IPs are not kept until this is mended")
+
+    ballast.unlink()
+    store.save(300, "after.example")
+    store.close()
+    assert reopened(path, said) == {0: "before.example", **names, 300: "after.example"}
+    assert len(said) == 1
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_a_pool_that_works(tiny: Path, said: list[str]) -> None:
+    with contextlib.suppress(OSError), (tiny / "ballast").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    store = SqliteNameStore(str(tiny / "fake-ip.db"), said.append)
+    pool = FakeIpPool(*RANGES, 100, 300, store)
+    fake = pool.assign("www.example", 0.0)
+    assert pool.name_of(fake.v4) == "www.example"
+    store.close()
+    assert len(said) == 1
+
+
+def test_a_process_killed_on_a_full_disk_keeps_what_was_saved_before(tiny: Path, said: list[str]) -> None:
+    path = tiny / "fake-ip.db"
+    process = subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, str(path), "0"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    early = [process.stdout.readline() for _ in range(64)]
+    with contextlib.suppress(OSError), (tiny / "ballast").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    for _ in range(2000):
+        process.stdout.readline()
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert len(early) == 64
+    found = reopened(path, said)
+    assert found.keys() == set(range(64))
+    assert all(re.fullmatch(rf"host\d+-{slot}\.example", name) for slot, name in found.items())
+    assert said == []
 
 
 def damage_noise(path: Path) -> None:
