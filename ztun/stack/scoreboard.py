@@ -55,8 +55,9 @@ class Scoreboard:
             return False
         late = False
         if start < highest:
-            gap = sacked.next_gap(max(start, self.marked_until), min(end, highest))
-            late = gap is not None or lost.count_between(start, end) > 0
+            below = min(end, highest)
+            gap = sacked.next_gap(max(start, self.marked_until), below)
+            late = gap is not None or lost.count_between(start, below) > 0
         sacked.add(start, end)
         if lost.total:
             lost.remove(start, end)
