@@ -59,13 +59,17 @@ def test_what_arrives_within_that_time_was_only_late(client: Client) -> None:
 
 
 def test_the_timer_of_retransmission_goes_on_meanwhile(client: Client) -> None:
-    """Waiting for what is late must not put off what is due."""
-    far_away(client, 5)
-    at = client.conn.tx.rtt.rto
+    """Waiting for what may be late does not put off what is due."""
+    far_away(client, 10)
+    client.conn.tx.patience = 1
     client.acknowledges(1, sack=((1001, 2001),))
     client.waits(_RTT / 4)
     client.hears(ACK, seq=1, size=1000)
-    client.waits(at - 0.001)
+    began = client.net.now
+    client.acknowledges(1, sack=((3001, 4001), (1001, 2001)))
+    client.waits(_RTT)
+    client.hears_nothing()
+    client.waits(began + client.conn.tx.rtt.rto - client.net.now - 0.001)
     client.hears_nothing()
     client.waits(0.001)
     client.hears(ACK, seq=1, size=1000)
@@ -282,3 +286,14 @@ def test_when_nothing_is_missing_nothing_is_remembered(client: Client) -> None:
     assert app.conn.tx.loss is not None
     client.acknowledges(10001)
     assert app.conn.tx.loss is None
+
+
+def test_an_ack_that_a_probe_brought_gives_no_sample(client: Client) -> None:
+    """Those before it may have been lost: the wait for the probe is no round trip (compare Karn)."""
+    far_away(client, 2)
+    before = client.conn.tx.rtt.srtt
+    client.waits(2 * _RTT + 0.005 - _RTT)
+    client.hears(ACK, seq=1001, size=1000)
+    client.waits(_RTT)
+    client.acknowledges(2001)
+    assert client.conn.tx.rtt.srtt == before
