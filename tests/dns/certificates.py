@@ -12,7 +12,9 @@ class Certificate:
 
     def __init__(self, directory: Path, *subjects: str) -> None:
         self.key, self.chain = directory / "key.pem", directory / "chain.pem"
-        names = ",".join(f"{'IP' if subject[0].isdigit() else 'DNS'}:{subject}" for subject in subjects)
+        names = ",".join(
+            f"{'IP' if subject[0].isdigit() or ':' in subject else 'DNS'}:{subject}" for subject in subjects
+        )
         subprocess.run(
             f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=test"
             f" -addext subjectAltName={names} -keyout {self.key} -out {self.chain}".split(),

@@ -14,6 +14,7 @@ from typing import NamedTuple, cast
 
 from dnslib import EDNS0, QTYPE, RR, A, DNSRecord
 
+from ztun.config.values import join_endpoint
 from ztun.gateway.dns import DnsOptions, DnsService
 from ztun.names.pool import FakeIpPool
 from ztun.rules import Rule, Rules
@@ -171,13 +172,14 @@ Script = Callable[[DNSRecord, bool], Sequence[bytes]]
 
 
 class ScriptedServer:
-    """A server on 127.0.0.1, by UDP and TCP on one port. The script gives the messages to send for a query.
+    """A server on one address, by UDP and TCP on one port. The script gives the messages to send for a query.
 
     delay: seconds before it answers. peers: who asked, with "udp" or "tcp".
     """
 
-    def __init__(self, script: Script, delay: float = 0.0) -> None:
+    def __init__(self, script: Script, delay: float = 0.0, host: str = "127.0.0.1") -> None:
         self.script = script
+        self.host = host
         self.delay = delay
         self.queries: list[DNSRecord] = []
         self.peers: list[tuple[str, str]] = []
@@ -185,12 +187,10 @@ class ScriptedServer:
         self._writers: list[asyncio.StreamWriter] = []
 
     async def __aenter__(self) -> ScriptedServer:
-        self._tcp = await asyncio.start_server(self._accepted, "127.0.0.1", 0)
+        self._tcp = await asyncio.start_server(self._accepted, self.host, 0)
         self.port = self._tcp.sockets[0].getsockname()[1]
         loop = asyncio.get_running_loop()
-        self._udp, _ = await loop.create_datagram_endpoint(
-            lambda: _Datagrams(self), local_addr=("127.0.0.1", self.port)
-        )
+        self._udp, _ = await loop.create_datagram_endpoint(lambda: _Datagrams(self), local_addr=(self.host, self.port))
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
@@ -202,11 +202,11 @@ class ScriptedServer:
 
     @property
     def url(self) -> str:
-        return f"udp://127.0.0.1:{self.port}"
+        return f"udp://{join_endpoint(self.host, self.port)}"
 
     @property
     def tcp_url(self) -> str:
-        return f"tcp://127.0.0.1:{self.port}"
+        return f"tcp://{join_endpoint(self.host, self.port)}"
 
     async def reply(self, message: bytes, over_tcp: bool) -> Sequence[bytes]:
         query = DNSRecord.parse(message)

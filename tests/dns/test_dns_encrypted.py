@@ -45,8 +45,8 @@ class TlsServer:
         self._behind = dnsmasq.port
 
     @asynccontextmanager
-    async def running(self, certificate: Certificate) -> AsyncIterator[TlsServer]:
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=certificate.server_context())
+    async def running(self, certificate: Certificate, host: str = "127.0.0.1") -> AsyncIterator[TlsServer]:
+        server = await asyncio.start_server(self._serve, host, 0, ssl=certificate.server_context())
         self.port = server.sockets[0].getsockname()[1]
         yield self
         server.close()
@@ -78,12 +78,12 @@ class HttpsServer:
         self._behind = dnsmasq.port
 
     @asynccontextmanager
-    async def running(self, certificate: Certificate) -> AsyncIterator[HttpsServer]:
+    async def running(self, certificate: Certificate, host: str = "127.0.0.1") -> AsyncIterator[HttpsServer]:
         application = web.Application()
         application.router.add_post("/dns-query", self._serve)
         runner = web.AppRunner(application)
         await runner.setup()
-        sock = socket.create_server(("127.0.0.1", 0))
+        sock = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         self.port = sock.getsockname()[1]
         await web.SockSite(runner, sock, ssl_context=certificate.server_context()).start()
         yield self
