@@ -147,7 +147,7 @@ class NetworkKeeper:
             self._pause(now)
         # A link without carrier keeps its connections; those that are only being made are given up.
         went = any(not up for _kind, _name, up in events)
-        count = await self._monitor.reset_stranded(before, former) if went or is_another else 0
+        count = await self._monitor.reset_stranded(before, former if is_altered else ()) if went or is_altered else 0
         if count or is_altered:
             log.info("ways out changed", egress=_say_ways(found.values()), connections_reset=count)
         if is_usable and self._paused:

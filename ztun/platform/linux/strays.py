@@ -37,6 +37,8 @@ async def reset_stranded(mark: int, before: NetworkState, now: NetworkState, for
     homes = _homes(now)
     gone = _homes(before).keys() - homes.keys()
     uncertain = {local for local, names in homes.items() if names & set(former)}
+    if not gone and not uncertain:
+        return 0  # as with every interface that has nothing to do with us
     mine = [one async for one in _own_connections(mark) if one.local in gone or one.local in uncertain]
     ways = {(one.local, one.remote) for one in mine if one.local in uncertain and one.remote is not None}
     leaving = await asyncio.to_thread(netstate.find_interfaces, mark, ways) if ways else {}
