@@ -289,6 +289,7 @@ class Instance:
                 port=outbound.port,
                 username=outbound.username,
                 password=outbound.password.get_secret_value() if outbound.password else None,
+                udp=outbound.udp,
             )
             for outbound in self.settings.outbounds
         ]

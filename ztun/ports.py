@@ -311,6 +311,13 @@ class Outbound(Protocol):
         """
         ...
 
+    def refuse_datagrams(self) -> OutboundError | None:
+        """Why `open_datagrams` would fail now, where that is known without asking anybody; None where it is not.
+
+        Each refusal is counted.
+        """
+        ...
+
     def warm_up(self) -> None:
         """Flows are about to come: make what can wait for them."""
         ...

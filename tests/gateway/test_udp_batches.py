@@ -78,6 +78,9 @@ class World:
     def route(self, *flow: object) -> Route:
         return Route(self, Destination("192.0.2.7", 53), 0, False)  # type: ignore[arg-type]
 
+    def refuse_datagrams(self) -> None:
+        return None
+
     async def open_datagrams(self, on_datagram: Any, on_failure: Any, on_unreachable: Any) -> AssociateLink:
         return AssociateLink(self.poller, self.control, self.own, on_datagram, on_failure, Counter())
 

@@ -14,6 +14,7 @@ import pytest
 from ztun import platform
 from ztun.outbound import OutboundSpec, Tools, make_outbounds
 from ztun.outbound.base import BaseOutbound, Resolve
+from ztun.outbound.verdict import DatagramVerdict
 from ztun.ports import Destination, Failure, Outbound, OutboundError, SocketFactory
 
 MARK = 0x2A
@@ -77,9 +78,10 @@ def outbound(
     password: str | None = None,
     deadline: float = 5,
     resolve: Resolve = nobody,
+    udp: DatagramVerdict | None = None,
 ) -> BaseOutbound:
     """One outbound, made as the program makes it."""
-    spec = OutboundSpec("it", type, host, port, username, password)
+    spec = OutboundSpec("it", type, host, port, username, password, udp)
     made: Outbound = make_outbounds([spec], tools(sockets, resolve, deadline))["it"]
     assert isinstance(made, BaseOutbound)
     return made

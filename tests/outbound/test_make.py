@@ -42,6 +42,7 @@ def test_direct_and_block_are_always_there() -> None:
         (OutboundSpec("it", "socks5", "::1", 1080, "u"), "1 to 255 bytes"),
         (OutboundSpec("it", "http", "::1", 3128, "u:v", "p"), "without a colon"),
         (OutboundSpec("it", "http", "::1", 3128, None, "p"), "needs a username"),
+        (OutboundSpec("it", "http", "::1", 3128, udp="proxy"), "set udp to reject or direct"),
     ],
 )
 def test_settings_that_no_proxy_could_be_used_with(spec: OutboundSpec, said: str) -> None:

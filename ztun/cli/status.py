@@ -26,6 +26,10 @@ def show_status(status: Mapping[str, Any]) -> None:
         section = status.get(name)
         if section:
             console.print(_section_lines(name, section, console.width), soft_wrap=True)
+    servers = _server_rows(status.get("dns") or {})
+    if servers:
+        heading(console, "DNS servers")
+        console.print(table(servers, numbers=_number_columns(servers)))
     outbounds = _rows(status.get("outbounds"))
     if outbounds:
         heading(console, "Outbounds")
@@ -84,7 +88,8 @@ def _section_lines(name: str, section: Any, width: int) -> str:
     """`name` and its figures, filled into lines of `width` columns; a figure stays with its name."""
     if not isinstance(section, Mapping):
         return f"{name:<6}{say(section)}"
-    words = [f"{key.replace('_', ' ')} {say(value)}" for key, value in section.items() if value not in (None, {}, [])]
+    said = ((key, value) for key, value in section.items() if value not in (None, {}, []) and key != "servers")
+    words = [f"{key.replace('_', ' ')} {say(value)}" for key, value in said]
     # What may not be broken is held together by a character that wrap() does not take for a space.
     text = ", ".join(word.replace(" ", "\0") for word in words)
     lines = textwrap.wrap(text, width, initial_indent=f"{name:<6}", subsequent_indent=" " * 6, break_long_words=False)
@@ -95,10 +100,36 @@ def _rows(outbounds: Any) -> list[dict[str, Any]]:
     """Outbounds as rows, from a list of them or from tag -> figures."""
     if isinstance(outbounds, Mapping):
         return [
-            {"tag": tag, **(figures if isinstance(figures, Mapping) else {"count": figures})}
+            {"tag": tag, **(_say_udp(figures) if isinstance(figures, Mapping) else {"count": figures})}
             for tag, figures in outbounds.items()
         ]
     return [dict(row) for row in outbounds or ()]
+
+
+def _say_udp(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of an outbound with those of its datagrams in a word or two."""
+    udp = figures.get("udp")
+    if not isinstance(udp, Mapping):
+        return dict(figures)
+    refuses = udp.get("reason") is not None and udp["verdict"] == "proxy"
+    return {**figures, "udp": f"refused: {udp['reason']}" if refuses else udp["verdict"]}
+
+
+def _server_rows(dns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """DNS servers as rows, their latency in milliseconds."""
+    return [
+        {
+            "server": server,
+            **{key: value for key, value in figures.items() if key != "latency"},
+            "mean ms": _milliseconds(figures["latency"]["mean_s"]),
+            "max ms": _milliseconds(figures["latency"]["max_s"]),
+        }
+        for server, figures in dns.get("servers", {}).items()
+    ]
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1000
 
 
 def _number_columns(rows: list[dict[str, Any]]) -> list[str]:

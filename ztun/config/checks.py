@@ -30,6 +30,7 @@ def check_document(document: dict[str, Any]) -> Iterator[Problem]:
     yield from _check_tags(document)
     yield from _check_references(document)
     yield from _check_credentials(document)
+    yield from _check_udp(document)
     for index, rule in enumerate(_get(document, list, "route", "rules")):
         if isinstance(rule, dict):
             yield from _check_rule(("route", "rules", index), rule)
@@ -114,6 +115,12 @@ def _check_credentials(document: dict[str, Any]) -> Iterator[Problem]:
                     yield Problem((*location, key), "must have 1 to 255 bytes for SOCKS5 (RFC 1929 section 2)")
         if outbound.get("type") == "http" and isinstance(username, str) and ":" in username:
             yield Problem((*location, "username"), "cannot have a ':' for HTTP (RFC 7617 section 2)")
+
+
+def _check_udp(document: dict[str, Any]) -> Iterator[Problem]:
+    for index, outbound in enumerate(_get(document, list, "outbounds")):
+        if isinstance(outbound, dict) and (outbound.get("type"), outbound.get("udp")) == ("http", "proxy"):
+            yield Problem(("outbounds", index, "udp"), "an HTTP proxy carries no datagrams; use reject or direct")
 
 
 def _check_rule(location: Location, rule: dict[str, Any]) -> Iterator[Problem]:

@@ -95,13 +95,18 @@ class DnsSettings(Section):
 
 
 class OutboundSettings(Section):
-    """A proxy. server: host:port with IPv6 in brackets, as the properties `host` and `port` give it apart."""
+    """A proxy. server: host:port with IPv6 in brackets, as the properties `host` and `port` give it apart.
+
+    udp: whether datagrams go through the proxy, are refused, or go past it; null: "proxy" for socks5, "reject" for
+    http.
+    """
 
     tag: Tag
     type: Literal["socks5", "http"]
     server: Annotated[str, PlainValidator(values.parse_server), patterns.SERVER]
     username: str | None = None
     password: SecretStr | None = None
+    udp: Literal["proxy", "reject", "direct"] | None = None
 
     @property
     def host(self) -> str:

@@ -52,9 +52,21 @@ ROWS = (
     Row("ztun_udp_packets", "counter", "udp.families.{family}", "UDP datagrams from clients, DNS among them"),
     Row("ztun_udp_datagrams_sent", "counter", "udp.sent", "Datagrams handed to outbounds"),
     Row("ztun_udp_datagrams_received", "counter", "udp.received", "Datagrams that came back"),
+    Row("ztun_udp_links_rebuilt", "counter", "udp.rebuilt", "Datagram links opened for sessions whose own had died"),
     Row("ztun_icmp_packets", "counter", "icmp.families.{family}", "ICMP and ICMPv6 packets from clients"),
     Row("ztun_icmp_echoes", "counter", "icmp.echoes", "Pings that were answered for a Fake-IP"),
     Row("ztun_dns_events", "counter", "dns.{event}", "What happened to DNS queries"),
+    Row("ztun_dns_server_queries", "counter", "dns.servers.{server}.queries", "Times that a DNS server was asked"),
+    Row("ztun_dns_server_answers", "counter", "dns.servers.{server}.answers", "Times that it answered"),
+    Row("ztun_dns_server_timeouts", "counter", "dns.servers.{server}.timeouts", "Times that it did not in time"),
+    Row("ztun_dns_server_failures", "counter", "dns.servers.{server}.failures", "Times that it could not be asked"),
+    Row(
+        "ztun_dns_server_latency_seconds",
+        "counter",
+        "dns.servers.{server}.latency.sum_s",
+        "Time to its answers, all together",
+    ),
+    Row("ztun_dns_server_latency_max_seconds", "gauge", "dns.servers.{server}.latency.max_s", "The longest of them"),
     Row("ztun_buffers_allocated", "counter", "pool.allocated", "Buffers that were made"),
     Row("ztun_buffers_reused", "counter", "pool.reused", "Buffers that were taken from the pool"),
     Row("ztun_buffers_freed", "counter", "pool.freed", "Buffers that the pool let go"),
@@ -63,6 +75,10 @@ ROWS = (
     Row("ztun_outbound_dialling", "gauge", "outbounds.{outbound}.dialling", "Dials that are under way"),
     Row("ztun_outbound_connections_active", "gauge", "outbounds.{outbound}.active", "Connections that live"),
     Row("ztun_outbound_datagram_links", "gauge", "outbounds.{outbound}.datagram_links", "Datagram links that are open"),
+    Row("ztun_outbound_udp_opened", "counter", "outbounds.{outbound}.udp.opened", "Datagram links that came about"),
+    Row("ztun_outbound_udp_lost", "counter", "outbounds.{outbound}.udp.lost", "Datagram links that died"),
+    Row("ztun_outbound_udp_refused", "counter", "outbounds.{outbound}.udp.refused", "UDP sessions refused at once"),
+    Row("ztun_outbound_udp_refusing", "flag", "outbounds.{outbound}.udp.reason", "1 while it refuses datagrams"),
     Row("ztun_outbound_failures", "counter", "outbounds.{outbound}.failures.{reason}", "Dials that failed"),
     Row("ztun_pool_connections", "gauge", "outbounds.{outbound}.pool.waiting", "Proxy connections that are kept ready"),
     Row("ztun_pool_hits", "counter", "outbounds.{outbound}.pool.hits", "Dials that took one of those"),
@@ -102,7 +118,7 @@ def families(status: Mapping[str, Any]) -> Iterator[Metric]:
     now = status.get("state")
     yield StateSetMetricFamily("ztun_state", "What the instance does", value={one: one == now for one in STATES})
     for row in ROWS:
-        samples = list(_find(status, row.path.split(".")))
+        samples = [found for found in _find(status, row.path.split(".")) if found[1] is not None or row.type == "flag"]
         if samples:
             yield _family(row, samples)
 

@@ -34,8 +34,7 @@ _YOUNG = 5.0  # seconds that a flow lives before its upstream connection is kept
 class Answerer(Protocol):
     """The DNS service as far as the stack's clients see it."""
 
-    @property
-    def counters(self) -> Mapping[str, int]: ...
+    def statistics(self) -> Mapping[str, Any]: ...
 
     async def answer(self, query: bytes | memoryview, *, over_tcp: bool) -> bytes | None: ...
 
@@ -306,13 +305,14 @@ class Gateway:
                 "families": _families(stack, "udp"),
                 "sent": self._udp.sent,
                 "received": self._udp.received,
+                "rebuilt": self._udp.rebuilt,
             },
             "icmp": {
                 "packets": stack.received["icmp"],
                 "families": _families(stack, "icmp"),
                 "echoes": self._echoes,
             },
-            "dns": dict(self._dns.counters),
+            "dns": dict(self._dns.statistics()),
             "buffers": {
                 "allocated": self._buffers.allocated,
                 "reused": self._buffers.reused,

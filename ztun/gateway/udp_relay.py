@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import structlog
 
@@ -16,183 +16,17 @@ from ztun.gateway.engine import Engine
 from ztun.gateway.failures import UDP_ANSWER
 from ztun.gateway.flowlog import flow_log
 from ztun.gateway.limits import Limits
-from ztun.gateway.routing import NamePool, Router, UnmappedError, packed, text
-from ztun.ports import RULE_DEFAULT, Buffer, DatagramLink, Destination, Outbound, OutboundError
+from ztun.gateway.routing import NamePool, Router, UnmappedError, text
+from ztun.gateway.udp_session import UdpFlow, UdpSession
+from ztun.ports import RULE_DEFAULT, Destination, Outbound, OutboundError
 from ztun.rules import DIRECT
-from ztun.stack import Datagram, DatagramHeader, reverse
+from ztun.stack import Datagram
 from ztun.stack.sources import SourceCounts, source_of
 from ztun.wire.icmp import Reason
 
 log = structlog.get_logger("ztun.udp")
 
-_MAX_WAITING = 32  # datagrams of a session while its link is being opened
-_MAX_FLOWS = 1024  # destinations that one session remembers
-_MAX_STRANGERS = 64  # senders that one session remembers beside those
 _FLOWS_PER_SESSION = 4  # destinations that all sessions together remember, for each session there may be
-_MAX_WAITING_BYTES = 4 << 20  # of all sessions
-_QUOTE = 128  # bytes of a packet that are kept to be quoted: its headers and some payload (RFC 792 asks for 8)
-
-
-class UdpFlow(NamedTuple):
-    """What one client endpoint sends to one destination. quote: the beginning of its first packet, for ICMP errors."""
-
-    session: UdpSession
-    destination: Destination
-    quote: bytes
-
-
-class UdpSession:
-    """One client endpoint on one outbound. endpoint: the client's packed address and port."""
-
-    def __init__(self, relay: UdpRelay, endpoint: tuple[bytes, bytes], outbound: Outbound, now: float) -> None:
-        self.endpoint = endpoint
-        self.outbound = outbound
-        self.started = now
-        self.last_used = now
-        self.first: tuple[Destination, int] | None = None  # where the first datagram went, and by which rule
-        self.destinations = 0
-        self.up = 0  # bytes of payload from the client
-        self.down = 0
-        self.fakes: set[bytes] = set()
-        self.flows: dict[bytes, UdpFlow] = {}
-        self._relay = relay
-        self._link: DatagramLink | None = None
-        self._waiting: list[tuple[Destination, bytes]] = []
-        self._replies: dict[tuple[str, int], DatagramHeader] = {}
-        self._refused: set[tuple[str, int]] = set()  # senders for whom the client has no socket any more
-        self._waiting_bytes = 0
-        self._quotes: dict[Destination, bytes] = {}
-        self._task = relay.engine.loop.create_task(self._open())
-
-    async def _open(self) -> None:
-        try:
-            self._link = await self.outbound.open_datagrams(self._received, self._failed, self._unreachable)
-        except OutboundError as error:
-            self._failed(error)
-            return
-        waiting = self._take_waiting()
-        for destination, payload in waiting:
-            self._forward(destination, (payload,))
-
-    def _take_waiting(self) -> list[tuple[Destination, bytes]]:
-        waiting, self._waiting = self._waiting, []
-        self._relay.waiting_bytes -= self._waiting_bytes
-        self._waiting_bytes = 0
-        return waiting
-
-    def _wait(self, destination: Destination, payload: bytes) -> None:
-        relay = self._relay
-        if len(self._waiting) >= _MAX_WAITING or relay.waiting_bytes + len(payload) > _MAX_WAITING_BYTES:
-            relay.engine.stack.drop("udp-waiting")
-            return
-        self._waiting.append((destination, payload))
-        self._waiting_bytes += len(payload)
-        relay.waiting_bytes += len(payload)
-
-    def add(self, datagram: Datagram, destination: Destination, rule: int) -> UdpFlow:
-        """The first datagram to a destination; the reply to it will come from where the client sent it."""
-        self.first = self.first or (destination, rule)
-        self.destinations += 1
-        flow = UdpFlow(self, destination, bytes(datagram.packet[:_QUOTE]))
-        self._refused.discard(destination)
-        if len(self.flows) < _MAX_FLOWS and self._relay.has_room_for_flow():
-            self.flows[datagram.key] = flow
-            self._replies[destination] = DatagramHeader(reverse(datagram.key))
-            self._quotes[destination] = flow.quote
-        return flow
-
-    def send(self, destination: Destination, payloads: Sequence[Buffer], now: float) -> None:
-        """Send a run: datagrams of one size, of which the last may be shorter."""
-        self.last_used = now
-        self._relay.sent += len(payloads)
-        self.up += (len(payloads) - 1) * len(payloads[0]) + len(payloads[-1])
-        if self._link is not None:
-            self._forward(destination, payloads)
-            return
-        for payload in payloads:
-            self._wait(destination, bytes(payload))
-
-    def _forward(self, destination: Destination, payloads: Sequence[Buffer]) -> None:
-        assert self._link is not None
-        try:
-            self._link.send_run(destination, payloads)
-        except OutboundError as error:
-            self._unreachable(destination, error)
-
-    def _unreachable(self, destination: Destination, error: OutboundError) -> None:
-        self._relay.tell(self, self._quotes.get(destination, b""), error)
-
-    def _received(self, host: str, port: int, payload: memoryview, size: int) -> None:
-        relay = self._relay
-        header = self._replies.get((host, port)) or self._stranger(host, port)
-        if header is None:
-            relay.engine.stack.drop("udp-refused" if (host, port) in self._refused else "udp-reply-address")
-            return
-        self.last_used = relay.engine.now()
-        self.down += len(payload)
-        relay.received += -(-len(payload) // size) if size else 1
-        relay.engine.stack.send_udp_run(header, payload, size)
-        relay.engine.send()  # now: who reads next writes over the payload
-
-    def _stranger(self, host: str, port: int) -> DatagramHeader | None:
-        """Somebody the client never wrote to: full cone lets it in, under its own address."""
-        if (host, port) in self._refused:
-            return None
-        address = packed(host)
-        own_address, own_port = self.endpoint
-        if address is None or len(address) != len(own_address):
-            return None
-        header = DatagramHeader(address + own_address + port.to_bytes(2, "big") + own_port)
-        if len(self._replies) < len(self.flows) + _MAX_STRANGERS:
-            self._replies[host, port] = header
-        return header
-
-    def _failed(self, error: OutboundError) -> None:
-        latest = next(reversed(self.flows.values()), None)
-        self._relay.tell(self, latest.quote if latest else b"", error)
-        self._relay.forget(self, error.failure.value)
-
-    def refuse(self, key: bytes, sender: tuple[str, int]) -> bool:
-        """The client has no socket for what comes from there: neither pass on more of it, nor remember whom to.
-
-        It may have others at the same port, each connected to a peer of its own, so the rest of the session goes on.
-        key: of the client's datagrams to the sender; sender: its literal address and port, for one without a flow.
-        Returns whether there was a flow.
-        """
-        flow = self.flows.pop(key, None)
-        if flow is not None:
-            self._relay.engine.stack.udp_flows.pop(key, None)
-            sender = flow.destination
-            self._quotes.pop(sender, None)
-        self._replies.pop(sender, None)
-        if len(self._refused) < _MAX_FLOWS:
-            self._refused.add(sender)
-        return flow is not None
-
-    def describe(self, now: float) -> dict[str, Any]:
-        """A row of `ztun status --flows`. A session may have several destinations; the first one is named."""
-        address, port = self.endpoint
-        client, peer = text(address), self.first[0] if self.first is not None else Destination("", 0)
-        return {
-            "protocol": "udp",
-            "client": f"[{client}]:{int.from_bytes(port)}" if ":" in client else f"{client}:{int.from_bytes(port)}",
-            "destination": f"[{peer.host}]:{peer.port}" if ":" in peer.host else f"{peer.host}:{peer.port}",
-            "destinations": self.destinations,
-            "rule": self.first[1] if self.first is not None else None,
-            "outbound": self.outbound.tag,
-            "state": "open" if self._link is not None else "dialling",
-            "up": self.up,
-            "down": self.down,
-            "seconds": round(now - self.started, 3),
-            "idle_s": round(now - self.last_used, 3),
-        }
-
-    def close(self) -> None:
-        self._take_waiting()
-        self._task.cancel()
-        if self._link is not None:
-            self._link.close()
-            self._link = None
 
 
 class UdpRelay:
@@ -209,6 +43,7 @@ class UdpRelay:
         self.sent = 0
         self.received = 0
         self.total = 0
+        self.rebuilt = 0  # links that were opened for sessions whose own had died
         self._router = router
         self._names = names
         self._idle = idle
@@ -262,7 +97,7 @@ class UdpRelay:
         """No way out: end the sessions, telling their clients `error`, and refuse new ones except to `direct`."""
         self._paused = True
         for session in list(self._sessions.values()):
-            session._failed(error)
+            session.end(error)
 
     def resume(self) -> None:
         self._paused = False
@@ -271,6 +106,10 @@ class UdpRelay:
         endpoint = (datagram.source, datagram.key[-4:-2])
         session = self._sessions.get((*endpoint, outbound.tag))
         if session is None:
+            refusal = outbound.refuse_datagrams()
+            if refusal is not None:
+                self.engine.stack.send_unreachable(datagram.packet, UDP_ANSWER[refusal.failure], now)
+                return None
             reason = self._objection(datagram.source)
             if reason is not None:
                 self.engine.stack.drop(reason)

@@ -11,10 +11,12 @@ from ztun.outbound.block import BlockOutbound
 from ztun.outbound.direct import DirectOutbound
 from ztun.outbound.http import HttpOutbound
 from ztun.outbound.socks5 import Socks5Outbound
+from ztun.outbound.verdict import DatagramVerdict
 from ztun.ports import Outbound
 
-__all__ = ["OutboundSpec", "Tools", "make_outbounds"]
+__all__ = ["DEFAULT_UDP", "OutboundSpec", "Tools", "make_outbounds"]
 
+DEFAULT_UDP: dict[str, DatagramVerdict] = {"socks5": "proxy", "http": "reject"}
 _PROXIES: dict[str, type[Socks5Outbound] | type[HttpOutbound]] = {"socks5": Socks5Outbound, "http": HttpOutbound}
 
 
@@ -23,7 +25,8 @@ class OutboundSpec:
     """One outbound of the configuration in plain values.
 
     type: "socks5", "http", "direct" or "block"; host, port: where a proxy listens, the host a name or an address
-    literal without brackets; username, password: both or neither.
+    literal without brackets; username, password: both or neither; udp: what becomes of
+    datagrams at a proxy, "proxy", "reject" or "direct", None for DEFAULT_UDP.
     """
 
     tag: str
@@ -32,6 +35,7 @@ class OutboundSpec:
     port: int = 0
     username: str | None = None
     password: str | None = None
+    udp: DatagramVerdict | None = None
 
 
 def make_outbounds(specs: Iterable[OutboundSpec], tools: Tools) -> dict[str, Outbound]:
@@ -51,7 +55,10 @@ def _make(spec: OutboundSpec, tools: Tools) -> BaseOutbound:
         return BlockOutbound(tools, tag=spec.tag)
     if spec.type not in _PROXIES:
         raise ConfigError(f"outbound {spec.tag!r}: unknown type {spec.type!r}; use socks5, http, direct or block")
-    return _PROXIES[spec.type](spec.tag, spec.host, spec.port, _check(spec), tools)
+    udp = spec.udp or DEFAULT_UDP[spec.type]
+    if udp == "proxy" and spec.type == "http":
+        raise ConfigError(f"outbound {spec.tag!r}: an HTTP proxy carries no datagrams; set udp to reject or direct")
+    return _PROXIES[spec.type](spec.tag, spec.host, spec.port, _check(spec), tools, udp)
 
 
 def _check(spec: OutboundSpec) -> tuple[str, str] | None:

@@ -7,13 +7,17 @@ import socket
 import time
 import weakref
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ztun.outbound import tcp
+from ztun.outbound.datagrams import DirectLink
 from ztun.outbound.dial import Dial, Dialogue, Stage
 from ztun.outbound.pool import WarmPool
+from ztun.outbound.resolving import Resolve as Resolve
+from ztun.outbound.resolving import resolved
+from ztun.outbound.verdict import Datagrams, DatagramVerdict
 from ztun.ports import (
     Connected,
     DatagramHandler,
@@ -28,7 +32,6 @@ from ztun.ports import (
     UnreachableHandler,
 )
 
-Resolve = Callable[[str], Awaitable[Iterable[str]]]
 FailureHandler = Callable[[OutboundError], None]
 
 _REMEMBERED = 1.0  # seconds for which a proxy's addresses are not asked for again; the resolver minds their TTL
@@ -65,8 +68,9 @@ class BaseOutbound:
 
     type = "none"
 
-    def __init__(self, tag: str, tools: Tools) -> None:
+    def __init__(self, tag: str, tools: Tools, datagrams: Datagrams) -> None:
         self.tag = tag
+        self.datagrams = datagrams
         self.dials = 0
         self.failures: Counter[Failure] = Counter()
         self.drops: Counter[str] = Counter()
@@ -183,19 +187,37 @@ class BaseOutbound:
         on_unreachable: UnreachableHandler | None = None,
     ) -> DatagramLink:
         """See `ztun.ports.Outbound.open_datagrams`."""
+
+        def failed(error: OutboundError) -> None:
+            self.datagrams.lost += 1
+            on_failure(error)
+
         self.dials += 1
         try:
-            link = await self._open_link(on_datagram, on_failure, on_unreachable)
+            if (refusal := self.datagrams.refusal(time.monotonic())) is not None:
+                raise refusal
+            link = await self._open_link(on_datagram, failed, on_unreachable)
         except OutboundError as error:
             self.failures[error.failure] += 1
             raise
+        self.datagrams.granted()
         self._links.add(link)
         return link
+
+    def refuse_datagrams(self) -> OutboundError | None:
+        """See `ztun.ports.Outbound.refuse_datagrams`."""
+        refusal = self.datagrams.refusal(time.monotonic())
+        self.datagrams.refused += refusal is not None
+        return refusal
 
     async def _open_link(
         self, on_datagram: DatagramHandler, on_failure: FailureHandler, on_unreachable: UnreachableHandler | None
     ) -> Link:
-        raise self._error(Failure.UNSUPPORTED, f"{self.type} carries no datagrams")
+        """Raises OutboundError."""
+        raise NotImplementedError
+
+    def _open_direct_link(self, on_datagram: DatagramHandler, on_unreachable: UnreachableHandler | None) -> Link:
+        return DirectLink(self.poller, self.factory, self._resolve, on_datagram, on_unreachable, self.drops)
 
     async def close(self) -> None:
         """End the dials and close the datagram links. Connections belong to who asked for them."""
@@ -208,12 +230,13 @@ class BaseOutbound:
             link.close()
 
     def statistics(self) -> dict[str, Any]:
-        """For `status --json`: type, dials, dialling, datagram_links, failures, drops."""
+        """For `status --json`: type, dials, dialling, datagram_links, udp (see Datagrams), failures, drops."""
         return {
             "type": self.type,
             "dials": self.dials,
             "dialling": len(self._deadlines),
             "datagram_links": sum(1 for link in list(self._links) if not link.closed),
+            "udp": self.datagrams.describe(time.monotonic()),
             "failures": {failure.value: count for failure, count in self.failures.items()},
             "drops": dict(self.drops),
         }
@@ -223,10 +246,22 @@ class BaseOutbound:
 
 
 class ProxyOutbound(BaseOutbound):
-    """Reaches everything through one proxy. host, port: where it listens, the host a name or a literal."""
+    """Reaches everything through one proxy.
 
-    def __init__(self, tag: str, host: str, port: int, credentials: tuple[str, str] | None, tools: Tools) -> None:
-        super().__init__(tag, tools)
+    host, port: where it listens, the host a name or a literal; udp: what becomes of datagrams, see `Datagrams`.
+    """
+
+    def __init__(
+        self,
+        tag: str,
+        host: str,
+        port: int,
+        credentials: tuple[str, str] | None,
+        tools: Tools,
+        udp: DatagramVerdict,
+    ) -> None:
+        reason = f"outbound {tag}: {self._why_rejected()}" if udp == "reject" else None
+        super().__init__(tag, tools, Datagrams(tag, udp, reason))
         self._host = host
         self._port = port
         self._credentials = credentials
@@ -261,6 +296,20 @@ class ProxyOutbound(BaseOutbound):
         dial.dialogue = dialogue
         dial.start(self._known_addresses(), self._addresses_of)
 
+    def _why_rejected(self) -> str:
+        return 'its "udp" is "reject"'
+
+    async def _open_link(
+        self, on_datagram: DatagramHandler, on_failure: FailureHandler, on_unreachable: UnreachableHandler | None
+    ) -> Link:
+        if self.datagrams.verdict == "direct":
+            return self._open_direct_link(on_datagram, on_unreachable)
+        return await self._open_proxied_link(on_datagram, on_failure)
+
+    async def _open_proxied_link(self, on_datagram: DatagramHandler, on_failure: FailureHandler) -> Link:
+        """Ask the proxy for a link. Raises OutboundError."""
+        raise NotImplementedError
+
     def _known_addresses(self) -> Sequence[str]:
         return self._addresses if time.monotonic() < self._known_until else ()
 
@@ -283,6 +332,7 @@ class ProxyOutbound(BaseOutbound):
 
     def forget_connections(self) -> None:
         """See `ztun.ports.Outbound.forget_connections`."""
+        self.datagrams.forget()
         if self._pool is not None:
             self._pool.drop()
 
@@ -356,13 +406,3 @@ class Nothing:
 
     def cancel(self) -> None:
         pass
-
-
-async def resolved(resolve: Resolve, host: str) -> list[str]:
-    """The addresses to dial for `host`, a name or a literal. Raises OutboundError where there are none."""
-    if tcp.is_literal(host):
-        return [host]
-    addresses = list(await resolve(host))
-    if not addresses:
-        raise OutboundError(Failure.NAME_NOT_FOUND, f"{host} has no address")
-    return addresses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ztun.outbound.base import BaseOutbound, FailureHandler, Link, Tools
+from ztun.outbound.verdict import Datagrams
 from ztun.ports import Connected, DatagramHandler, Destination, Dialling, Failed, Failure, UnreachableHandler
 
 
@@ -10,7 +11,7 @@ class BlockOutbound(BaseOutbound):
     type = "block"
 
     def __init__(self, tools: Tools, tag: str = "block") -> None:
-        super().__init__(tag, tools)
+        super().__init__(tag, tools, Datagrams(tag, "reject"))
 
     def dial(self, destination: Destination, connected: Connected, failed: Failed) -> Dialling:
         """See `ztun.ports.Outbound.dial`."""

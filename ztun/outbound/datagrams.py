@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ztun.outbound.base import Resolve, resolved
 from ztun.outbound.batch import Run
 from ztun.outbound.errors import os_error, unreachable
+from ztun.outbound.resolving import Resolve, resolved
 from ztun.outbound.tcp import family_of, is_literal
 from ztun.outbound.udp import Address, UdpSocket
 from ztun.ports import Buffer, DatagramHandler, Destination, OutboundError, Poller, SocketFactory, UnreachableHandler

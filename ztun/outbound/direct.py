@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ztun.outbound import tcp
 from ztun.outbound.base import BaseOutbound, FailureHandler, Link, Tools
-from ztun.outbound.datagrams import DirectLink
 from ztun.outbound.dial import Dial
 from ztun.outbound.errors import unreachable
+from ztun.outbound.verdict import Datagrams
 from ztun.ports import (
     Connected,
     DatagramHandler,
@@ -25,7 +25,7 @@ class DirectOutbound(BaseOutbound):
     type = "direct"
 
     def __init__(self, tools: Tools, tag: str = "direct") -> None:
-        super().__init__(tag, tools)
+        super().__init__(tag, tools, Datagrams(tag, "direct"))
 
     def dial(self, destination: Destination, connected: Connected, failed: Failed) -> Dialling:
         """See `ztun.ports.Outbound.dial`."""
@@ -42,4 +42,4 @@ class DirectOutbound(BaseOutbound):
     async def _open_link(
         self, on_datagram: DatagramHandler, on_failure: FailureHandler, on_unreachable: UnreachableHandler | None
     ) -> Link:
-        return DirectLink(self.poller, self.factory, self._resolve, on_datagram, on_unreachable, self.drops)
+        return self._open_direct_link(on_datagram, on_unreachable)

@@ -120,5 +120,8 @@ class HttpOutbound(ProxyOutbound):
 
     type = "http"
 
+    def _why_rejected(self) -> str:
+        return "an HTTP proxy carries no datagrams"
+
     def _dialogue(self, destination: Destination, *, greeted: bool = False) -> Dialogue:
         return HttpDialogue(destination, self._credentials)

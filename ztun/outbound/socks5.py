@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from enum import Enum
 
 from ztun.outbound import tcp
 from ztun.outbound.associate import AssociateLink
-from ztun.outbound.base import FailureHandler, Link, ProxyOutbound, resolved
+from ztun.outbound.base import FailureHandler, Link, ProxyOutbound
 from ztun.outbound.dial import Dialogue
 from ztun.outbound.names import proxy_name
-from ztun.ports import DatagramHandler, Destination, Failure, OutboundError, UnreachableHandler
+from ztun.outbound.resolving import resolved
+from ztun.ports import DatagramHandler, Destination, Failure, OutboundError
 
 _VERSION = 5
 _AUTHENTICATION_VERSION = 1  # RFC 1929, section 2
@@ -29,6 +31,9 @@ _FAILURES = {
     7: (Failure.UNSUPPORTED, "it does not support the command"),
     8: (Failure.UNSUPPORTED, "it does not support the type of address"),
 }
+
+# Replies by which a proxy says that it carries no datagrams, for us at least.
+_NO_DATAGRAMS = {2: Failure.PROHIBITED, 7: Failure.UNSUPPORTED, 8: Failure.UNSUPPORTED}
 
 _SHORT = 2  # version and method; version and status; and of a reply that reports a failure
 _LENGTH_KNOWN = 5  # with this many bytes of a reply, its length is known
@@ -66,11 +71,12 @@ class Socks5Dialogue:
     request: see `encode_request`; None to be done when the request is due. greeted: another one was done that far.
     """
 
-    __slots__ = ("_credentials", "_message", "_request", "_state", "asked", "bound", "done")
+    __slots__ = ("_credentials", "_message", "_request", "_state", "asked", "bound", "code", "done")
 
     def __init__(self, request: bytes | None, credentials: tuple[str, str] | None, *, greeted: bool = False) -> None:
         self.done = False
         self.asked = False
+        self.code: int | None = None  # the reply's, which is 0 when it granted the request
         self.bound: tuple[str, int] = ("", 0)  # BND.ADDR and BND.PORT of the reply
         self._request = request
         self._credentials = credentials
@@ -147,6 +153,7 @@ class Socks5Dialogue:
     def _take_reply(self, message: bytes) -> None:
         if message[0] != _VERSION:
             raise _malformed(message)
+        self.code = message[1]
         if message[1]:
             raise OutboundError(*_FAILURES[message[1]]) if message[1] in _FAILURES else _malformed(message)
         if message[2]:
@@ -182,13 +189,14 @@ class Socks5Outbound(ProxyOutbound):
     def _greeting(self) -> Dialogue:
         return Socks5Dialogue(None, self._credentials)
 
-    async def _open_link(
-        self, on_datagram: DatagramHandler, on_failure: FailureHandler, on_unreachable: UnreachableHandler | None
-    ) -> Link:
-        """Ask for an association. No ICMP error comes through a proxy, so `on_unreachable` has nothing to tell."""
+    async def _open_proxied_link(self, on_datagram: DatagramHandler, on_failure: FailureHandler) -> Link:
+        """Ask for an association. No ICMP error comes through a proxy, so there is nobody to tell of one."""
         # We do not know yet from where we send: zeros say so (RFC 1928, section 4).
         dialogue = Socks5Dialogue(encode_request(_ASSOCIATE, "0.0.0.0", 0), self._credentials)
-        control = await self._negotiated(dialogue)
+        try:
+            control = await self._negotiated(dialogue)
+        except OutboundError as error:
+            raise self._not_associated(dialogue, error) from None
         relay: socket.socket | None = None
         try:
             host, port = await self._relay_address(control, dialogue.bound)
@@ -203,6 +211,20 @@ class Socks5Outbound(ProxyOutbound):
                 what = f"{self._server}: its relay cannot be reached: {error.strerror or 'its name does not resolve'}"
                 raise self._error(Failure.PROXY_UNREACHABLE, what) from None
             raise
+
+    def _not_associated(self, dialogue: Socks5Dialogue, error: OutboundError) -> OutboundError:
+        """What it says of the proxy that it did not grant an association.
+
+        Some servers without UDP do not say so: OpenSSH closes the connection. The same from one that did grant some
+        is a trouble that passes.
+        """
+        if not dialogue.asked:
+            return error
+        sure = dialogue.code in _NO_DATAGRAMS
+        if not sure and self.datagrams.works:
+            return error
+        failure = _NO_DATAGRAMS.get(dialogue.code or 0, Failure.UNSUPPORTED)
+        return self.datagrams.refuse(failure, f"{error} (UDP ASSOCIATE)", time.monotonic(), sure=sure)
 
     async def _relay_address(self, control: socket.socket, bound: tuple[str, int]) -> tuple[str, int]:
         """Where the relay listens. All zeros mean the address at which the proxy was reached."""

@@ -19,7 +19,7 @@ import ssl
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 from dnslib import RR
@@ -139,6 +139,7 @@ class DnsService:
         reply = self._respond(found)
         if not isinstance(reply, bytes):
             reply = await reply
+        self.counters["answers"] += 1
         return reply if over_tcp else fit(found, reply)
 
     async def resolve(self, name: str) -> list[str]:
@@ -157,6 +158,10 @@ class DnsService:
         if not found:
             raise OutboundError(Failure.NAME_NOT_FOUND, f"{name} has no address")
         return found
+
+    def statistics(self) -> dict[str, Any]:
+        """For `status --json`: the counters, and servers: see `Resolver.statistics`."""
+        return {**self.counters, "servers": self._resolver.statistics()}
 
     def _answer_listener(self, query: bytes, over_tcp: bool) -> Awaitable[bytes | None]:
         return self.answer(query, over_tcp=over_tcp)

@@ -9,9 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from enum import Enum
 from ipaddress import ip_address
+from typing import Any
 
 import structlog
 
+from ztun.gateway.dns.figures import ServerFigures
 from ztun.gateway.dns.servers import Server
 from ztun.gateway.dns.stream import StreamTransport
 from ztun.gateway.dns.transport import Transport, UdpTransport, UpstreamError
@@ -47,6 +49,7 @@ class _Upstream:
         self.server = server
         self.transport = transport
         self.retry_at = 0.0
+        self.figures = ServerFigures()
         self._penalty = 0.0
         self._failed_at = 0.0
 
@@ -107,8 +110,7 @@ class Resolver:
     def cached(self, query: Query) -> tuple[Answer, float] | None:
         """The answer from the cache with its age in seconds, if it is there."""
         found = self._cache.get(CacheKey.of(query), time.monotonic())
-        if found is not None:
-            self._counters["cache_hits"] += 1
+        self._counters["cache_misses" if found is None else "cache_hits"] += 1
         return found
 
     async def ask(self, query: Query, scope: Scope = Scope.ANY) -> Answer:
@@ -150,6 +152,10 @@ class Resolver:
                 if isinstance(answer, UpstreamError):
                     raise answer
         return found
+
+    def statistics(self) -> dict[str, dict[str, Any]]:
+        """Server -> its figures, see `ServerFigures.describe`, in the order in which they are asked."""
+        return {str(upstream.server): upstream.figures.describe() for upstream in self._upstreams}
 
     def has(self, scope: Scope) -> bool:
         """Whether there is a server to ask."""
@@ -214,16 +220,20 @@ class Resolver:
     async def _try(self, upstream: _Upstream, query: Query, patience: int) -> Answer:
         started, seconds = time.monotonic(), patience * _ATTEMPT_S[upstream.server.scheme]
         upstream.tried(started, seconds)
+        upstream.figures.queries += 1
         try:
             async with asyncio.timeout(seconds):
                 answer = await upstream.transport.exchange(query)
         except TimeoutError:
             error = UpstreamError(f"{upstream.server}: no answer")
+            upstream.figures.timeouts += 1
             upstream.failed(error, started, time.monotonic())
             raise error from None
         except UpstreamError as error:
+            upstream.figures.failures += 1
             upstream.failed(error, started, time.monotonic())
             raise
+        upstream.figures.answered(time.monotonic() - started)
         upstream.succeeded()
         if any(self._is_fake(each.address) for each in answer.addresses()):
             self._counters["upstream_fake_ip"] += 1
