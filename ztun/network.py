@@ -233,7 +233,3 @@ def _dead_addresses(now: NetworkState) -> frozenset[str]:
 
 def _say_ways(paths: Iterable[Path]) -> list[str]:
     return list(dict.fromkeys(f"{path.ifname} {path.source}{'' if path.up else ' (down)'}" for path in paths))
-
-
-def _say_event(event: NetworkEvent) -> str:
-    return f"{event.kind} {event.ifname} {'up' if event.up else 'gone'}".replace("  ", " ")
