@@ -6,6 +6,7 @@ import struct
 from collections.abc import Callable
 
 from ztun.stack.admission import Admission
+from ztun.stack.arrivals import Arrivals
 from ztun.stack.buffers import BufferPool
 from ztun.stack.closed import Unconnected
 from ztun.stack.connection import Connection
@@ -59,7 +60,7 @@ class Stack:
         self.timers = TimerQueue()
         self.outbox: list[Packet] = []
         self.pool.outbox = self.outbox
-        self.ack_later: list[Connection] = []
+        self.ack_later: list[Arrivals] = []
         self.connections: dict[bytes, Connection] = {}
         self.memory = Memory(settings.max_memory)
         self.admission = Admission(settings, self.memory)
@@ -227,7 +228,7 @@ class Stack:
         """Connections whose client has not answered a SYN-ACK yet."""
         return self.admission.half_open
 
-    def established(self, conn: Connection) -> None:
+    def established(self, conn: Arrivals) -> None:
         """A connection left the half-open ones."""
         self.admission.established(conn.source)
 
