@@ -87,9 +87,10 @@ class TestHonestConnect:
         with pytest.raises(ConnectionRefusedError):
             lab.client.connect(address, plan.CLOSED_PORT)
 
-    def test_refused_by_the_direct_outbound(self, lab: Lab, any_ztun: Ztun) -> None:
+    @pytest.mark.parametrize("address", [plan.SHARED4, plan.SHARED6], ids=["v4", "v6"])
+    def test_refused_by_the_direct_outbound(self, lab: Lab, any_ztun: Ztun, address: str) -> None:
         with pytest.raises(ConnectionRefusedError):
-            lab.client.connect(plan.SHARED4, plan.CLOSED_PORT)
+            lab.client.connect(address, plan.CLOSED_PORT)
 
     @pytest.mark.parametrize("address", [plan.UNREACHABLE4, plan.UNREACHABLE6], ids=["v4", "v6"])
     def test_unreachable_upstream_is_unreachable_to_the_client(self, lab: Lab, any_ztun: Ztun, address: str) -> None:

@@ -25,27 +25,32 @@ def test_datagram_to_a_name_is_sent_by_the_proxy(lab: Lab, any_ztun: Ztun) -> No
     assert ask_udp(lab.client, address, plan.WHOAMI_PORT, b"?").split()[0].decode() in (plan.UPSTREAM4, plan.UPSTREAM6)
 
 
-def test_one_socket_talks_to_many_and_the_answers_come_from_where_they_should(lab: Lab, any_ztun: Ztun) -> None:
+@pytest.mark.parametrize(("type", "site"), [("A", plan.SITE4), ("AAAA", plan.SITE6)])
+def test_one_socket_talks_to_many_and_the_answers_come_from_where_they_should(
+    lab: Lab, any_ztun: Ztun, type: str, site: str
+) -> None:
     # The name first: sing-box resolves no other of an association.
-    destinations = [(lab.dig("shared.test"), 7000), (plan.SITE4, plan.ECHO_PORT), (plan.SITE4, plan.WHOAMI_PORT)]
-    with lab.client.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    destinations = [(lab.dig("shared.test", type), 7000), (site, plan.ECHO_PORT), (site, plan.WHOAMI_PORT)]
+    with lab.client.socket(socket.AF_INET6 if type == "AAAA" else socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.settimeout(3)
         for destination in destinations:
             sock.sendto(b"hello", destination)
-        senders = {sock.recvfrom(2000)[1] for _ in destinations}
+        senders = {sock.recvfrom(2000)[1][:2] for _ in destinations}
 
     assert senders == set(destinations)
 
 
-def test_outbound_that_cannot_carry_datagrams_tells_the_client(lab: Lab, any_ztun: Ztun) -> None:
+@pytest.mark.parametrize("type", ["A", "AAAA"])
+def test_outbound_that_cannot_carry_datagrams_tells_the_client(lab: Lab, any_ztun: Ztun, type: str) -> None:
     # A connected UDP socket hears of ICMP port unreachable; QUIC clients then go back to TCP at once.
     with pytest.raises(ConnectionRefusedError):
-        ask_udp(lab.client, lab.dig("web.test"), 443, b"quic?")
+        ask_udp(lab.client, lab.dig("web.test", type), 443, b"quic?")
 
 
-def test_blocked_datagrams_are_answered_with_icmp(lab: Lab, any_ztun: Ztun) -> None:
+@pytest.mark.parametrize("address", [plan.SHARED4, plan.SHARED6], ids=["v4", "v6"])
+def test_blocked_datagrams_are_answered_with_icmp(lab: Lab, any_ztun: Ztun, address: str) -> None:
     with pytest.raises((ConnectionRefusedError, PermissionError, OSError)) as refused:
-        ask_udp(lab.client, plan.SHARED4, plan.BANNER_PORT, b"x", tries=1)
+        ask_udp(lab.client, address, plan.BANNER_PORT, b"x", tries=1)
     assert not isinstance(refused.value, TimeoutError)
 
 
@@ -56,8 +61,9 @@ def test_fake_ip_answers_ping(lab: Lab, ztun: Ztun, type: str) -> None:
     assert "3 received" in answer
 
 
-def test_unmapped_fake_ip_does_not_answer_ping(lab: Lab, any_ztun: Ztun) -> None:
-    assert " 0 received" in lab.client.run("ping", "-c1", "-W1", "198.19.200.200", check=False).stdout
+@pytest.mark.parametrize("address", ["198.19.200.200", "2001:2::7777"])
+def test_unmapped_fake_ip_does_not_answer_ping(lab: Lab, any_ztun: Ztun, address: str) -> None:
+    assert " 0 received" in lab.client.run("ping", "-c1", "-W1", address, check=False).stdout
 
 
 def test_dns_like_load_of_datagrams(lab: Lab, any_ztun: Ztun) -> None:

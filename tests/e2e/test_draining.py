@@ -18,6 +18,7 @@ from ztun.lab import Lab, plan
 from ztun.lab.namespace import wait_until
 
 CHUNK = 100_000
+FAMILIES = pytest.mark.parametrize("address", [plan.SITE4, plan.SITE6], ids=["v4", "v6"])
 
 
 def draining(lab: Lab, seconds: float) -> Any:
@@ -32,9 +33,10 @@ def stop_soon(instance: Any, number: int = signal.SIGTERM) -> threading.Thread:
     return thread
 
 
-def test_a_transfer_in_progress_comes_to_its_end(lab: Lab) -> None:
+@FAMILIES
+def test_a_transfer_in_progress_comes_to_its_end(lab: Lab, address: str) -> None:
     instance = draining(lab, 15)
-    sock = lab.client.connect(plan.SITE4, plan.ECHO_PORT)
+    sock = lab.client.connect(address, plan.ECHO_PORT)
     sock.settimeout(10)
     stopping = None
     for number in range(15):
@@ -51,9 +53,10 @@ def test_a_transfer_in_progress_comes_to_its_end(lab: Lab) -> None:
     assert instance.returncode == 0
 
 
-def test_an_idle_flow_gets_a_fin_at_once(lab: Lab) -> None:
+@FAMILIES
+def test_an_idle_flow_gets_a_fin_at_once(lab: Lab, address: str) -> None:
     instance = draining(lab, 15)
-    sock = lab.client.connect(plan.SITE4, plan.ECHO_PORT)
+    sock = lab.client.connect(address, plan.ECHO_PORT)
     sock.settimeout(5)
     sock.sendall(b"x")
     assert sock.recv(1) == b"x"
@@ -67,9 +70,10 @@ def test_an_idle_flow_gets_a_fin_at_once(lab: Lab) -> None:
     assert time.monotonic() - began < 10
 
 
-def test_what_does_not_end_is_reset(lab: Lab) -> None:
+@FAMILIES
+def test_what_does_not_end_is_reset(lab: Lab, address: str) -> None:
     instance = draining(lab, 1)
-    sock = lab.client.connect(plan.SITE4, plan.ECHO_PORT)
+    sock = lab.client.connect(address, plan.ECHO_PORT)
     sock.settimeout(0.1)
     stopping = None
     with pytest.raises(ConnectionResetError):  # noqa: PT012
@@ -85,14 +89,15 @@ def test_what_does_not_end_is_reset(lab: Lab) -> None:
     assert instance.returncode == 0
 
 
-def test_a_new_flow_is_refused_while_it_stops(lab: Lab) -> None:
+@FAMILIES
+def test_a_new_flow_is_refused_while_it_stops(lab: Lab, address: str) -> None:
     instance = draining(lab, 15)
-    busy = lab.client.connect(plan.SITE4, plan.ECHO_PORT)
+    busy = lab.client.connect(address, plan.ECHO_PORT)
     busy.settimeout(5)
     busy.sendall(b"x")
     stopping = stop_soon(instance)
     with pytest.raises(ConnectionRefusedError):
-        lab.client.connect(plan.SITE4, plan.ECHO_PORT)
+        lab.client.connect(address, plan.ECHO_PORT)
     assert instance.status()["state"] == "stopping"
     assert instance.status()["drops"]["stopping"] >= 1
     busy.close()
@@ -126,20 +131,22 @@ def test_a_second_signal_ends_it_at_once(lab: Lab) -> None:
     assert instance.returncode == 0
 
 
-def test_the_flows_that_live_are_listed(lab: Lab) -> None:
+@FAMILIES
+def test_the_flows_that_live_are_listed(lab: Lab, address: str) -> None:
     instance = draining(lab, 0)
-    sock = lab.client.connect(plan.SITE4, plan.ECHO_PORT)
+    sock = lab.client.connect(address, plan.ECHO_PORT)
     sock.settimeout(5)
     sock.sendall(b"four")
     assert read_exactly(sock, 4) == b"four"
     (flow,) = [flow for flow in instance.request("GET", "/flows")["flows"] if flow["protocol"] == "tcp"]
-    assert flow["client"].startswith(f"{plan.CLIENT4}:")
-    assert flow["destination"] == f"{plan.SITE4}:{plan.ECHO_PORT}"
+    client, destination = (plan.CLIENT4, address) if address == plan.SITE4 else (f"[{plan.CLIENT6}]", f"[{address}]")
+    assert flow["client"].startswith(f"{client}:")
+    assert flow["destination"] == f"{destination}:{plan.ECHO_PORT}"
     assert flow["outbound"] == "direct"
     assert flow["state"] == "established"
     assert (flow["up"], flow["down"]) == (4, 4)
     printed = instance.command("status", "--flows", "--config", str(instance.config_path)).stdout
-    assert f"{plan.SITE4}:{plan.ECHO_PORT}" in printed
+    assert destination[:10] in printed  # in a pipe, 80 columns wide, the rest of an IPv6 address is below it
     assert "established" in printed
     sock.close()
     assert wait_until(lambda: instance.request("GET", "/flows")["flows"] == [])

@@ -11,6 +11,7 @@ import pytest
 
 from e2e.conftest import BASE
 from e2e.traffic import ask_udp, download, start, upload
+from ztun.config.values import join_endpoint
 from ztun.lab import Lab, Ztun, plan
 from ztun.lab.namespace import wait_until
 
@@ -71,25 +72,27 @@ def test_client_on_a_narrow_link(lab: Lab, any_ztun: Ztun, address: str, mtu: in
     assert answered == expected
 
 
+@FAMILIES
 @pytest.mark.parametrize("direction", ["up", "down"])
-def test_super_segments_pass_the_tun_whole(lab: Lab, ztun: Ztun, direction: str) -> None:
+def test_super_segments_pass_the_tun_whole(lab: Lab, ztun: Ztun, direction: str, address: str) -> None:
     lab.file(16)
     with lab.watching(lab.gateway, "ztun0") as packets:
         if direction == "down":
-            lab.curl("-o", "/dev/null", f"http://{plan.SITE4}/files/16M")
+            lab.curl("-o", "/dev/null", f"http://{join_endpoint(address, plan.HTTP_PORT)}/files/16M")
         else:
-            with lab.client.connect(plan.SITE4, plan.DIGEST_PORT) as sock:
+            with lab.client.connect(address, plan.DIGEST_PORT) as sock:
                 upload(sock, 16)
 
     assert max(map(len, packets)) > 20_000
     assert "vnet_hdr on" in lab.gateway.run("ip", "-d", "link", "show", "ztun0").stdout
 
 
-def test_silent_flows_end_after_their_time(lab: Lab) -> None:
+@FAMILIES
+def test_silent_flows_end_after_their_time(lab: Lab, address: str) -> None:
     instance = start(lab, {**BASE, "timeouts": {"dial": 3, "tcp_idle": 1.5, "udp_idle": 1.5}})
-    with lab.client.connect(plan.SITE4, plan.BANNER_PORT) as sock:
+    with lab.client.connect(address, plan.BANNER_PORT) as sock:
         assert sock.recv(100)
-        ask_udp(lab.client, plan.SITE4, plan.ECHO_PORT, b"x")
+        ask_udp(lab.client, address, plan.ECHO_PORT, b"x")
         assert instance.status()["tcp"]["active"] == 1
         assert instance.status()["udp"]["active"] == 1
         started = time.monotonic()

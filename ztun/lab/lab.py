@@ -55,6 +55,7 @@ class Lab:
         )
         self.directory = Path(tempfile.gettempdir(), self._prefix)
         self._processes: list[tuple[str, subprocess.Popen[Any]]] = []
+        self._servers: dict[str, Server] = {}
         self._ztuns: list[Ztun] = []
         self._handlers: dict[int, Any] = {}
 
@@ -130,6 +131,20 @@ class Lab:
         self._processes.append((name, process))
         return process
 
+    def end_server(self, name: str) -> None:
+        """Kill a server of `ztun.lab.servers`, or another that was spawned, with its children."""
+        process = next(process for each, process in reversed(self._processes) if each == name)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def begin_server(self, name: str) -> None:
+        """Start a server of `ztun.lab.servers` anew, and wait until it listens."""
+        server = self._servers[name]
+        process = self.spawn(self.upstream, name, *server.argv)
+        for port in server.ports:
+            self._await_port(server, process, port, time.monotonic() + 10)
+
     def curl(self, *arguments: str, check: bool = True, timeout: float = 30) -> subprocess.CompletedProcess[str]:
         """curl in the client's namespace, quiet, with the lab's certificate trusted."""
         argv = ["curl", "-sS", "--max-time", str(timeout), "--cacert", str(self.directory / "lab.crt"), *arguments]
@@ -167,7 +182,8 @@ class Lab:
     def watching(self, namespace: Namespace, ifname: str) -> Iterator[list[bytes]]:
         """All packets that pass an interface while the context lasts, from the network header on (packet(7))."""
         packets: list[bytes] = []
-        with namespace.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL)) as sock:
+        # Without a protocol until it is bound, or it would hear every interface in between.
+        with namespace.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0) as sock:
             with namespace.entered():
                 sock.bind((ifname, _ETH_P_ALL))
             sock.setblocking(False)
@@ -217,6 +233,7 @@ class Lab:
     def _serve(self) -> None:
         waiting: list[tuple[Server, subprocess.Popen[Any]]] = []
         for server in servers(self.directory):
+            self._servers[server.name] = server
             waiting.append((server, self.spawn(self.upstream, server.name, *server.argv)))
         deadline = time.monotonic() + 10
         for server, process in waiting:
