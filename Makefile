@@ -23,7 +23,7 @@ $(SYSTEM_STAMP): Makefile packaging/install-packages
 # System site packages, since that is where Debian's bcc lives. Debian 13 has no Dante: sing-box is in its place.
 $(DEV_STAMP): $(SYSTEM_STAMP) pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv --system-site-packages $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev$$(command -v danted >/dev/null || echo ,sing-box)]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,sing-box]"
 	@touch $@
 
 $(BENCH_STAMP): $(DEV_STAMP)

@@ -10,43 +10,20 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from udp_world import SITE, Device, datagram
+
 from ztun import platform
 from ztun.gateway.engine import Engine
 from ztun.gateway.limits import Limits
 from ztun.gateway.routing import Route
 from ztun.gateway.udp_relay import UdpRelay
 from ztun.outbound.associate import AssociateLink, encode_header
-from ztun.ports import Buffer, Destination
+from ztun.ports import Destination
 from ztun.stack import BufferPool, Datagram, Stack, StackSettings
-from ztun.wire import checksum, ip, udp, vnet
+from ztun.wire import checksum, udp, vnet
 
 UDP_GRO, SO_RCVBUFFORCE = 104, 33
-CLIENT, SITE = bytes([10, 0, 0, 2]), bytes([192, 0, 2, 7])
 HEADER = encode_header(Destination("192.0.2.7", 53))
-
-
-class Device:
-    """A PacketDevice in memory: gives what a client says, keeps what the stack writes."""
-
-    name, mtu = "memory", 1500
-
-    def __init__(self) -> None:
-        self.said: list[bytes] = []
-        self.written: list[bytes] = []
-
-    def fileno(self) -> int:
-        return -1
-
-    def recv_into(self, buffer: bytearray | memoryview) -> int:
-        packet = self.said.pop(0) if self.said else b""
-        buffer[: len(packet)] = packet
-        return len(packet)
-
-    def send(self, buffers: Sequence[Buffer]) -> bool:
-        self.written.append(b"".join(buffers))
-        return True
-
-    def close(self) -> None: ...
 
 
 class World:
@@ -95,9 +72,7 @@ class World:
     def client_says(self, payloads: Sequence[bytes]) -> None:
         """All of it is there when the device becomes readable."""
         for payload in payloads:
-            ports = struct.pack("!HHHH", 4000, 53, 8 + len(payload), 0)
-            head = vnet.pack(vnet.DATA_VALID) + ip.header(CLIENT, SITE, ip.UDP, 8 + len(payload))
-            self.device.said.append(head + ports + payload)
+            self.device.said.append(datagram(payload))
         self.engine._readable(1)
 
     def server_hears(self, count: int) -> list[list[bytes]]:

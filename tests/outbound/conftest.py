@@ -51,6 +51,18 @@ def socks_udp_auth(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 
 @pytest.fixture(scope="session")
+def sing_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with peers.sing_box_udp(tmp_path_factory.mktemp("sing_box")) as port:
+        yield port
+
+
+@pytest.fixture(scope="session")
+def sing_box_auth(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with peers.sing_box_udp(tmp_path_factory.mktemp("sing_box"), auth=True) as port:
+        yield port
+
+
+@pytest.fixture(scope="session")
 def tinyproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     with peers.tinyproxy(tmp_path_factory.mktemp("tinyproxy")) as port:
         yield port

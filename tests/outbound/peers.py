@@ -10,7 +10,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ztun.lab import servers, sing_box
@@ -22,6 +23,7 @@ HOSTS = f"""\
 ::1 six.example
 127.0.0.1 {LONG_NAME}
 """
+Server = Callable[[Path], AbstractContextManager[int]]
 USER, PASSWORD = "walter", "correct-horse"
 # The password above; crypt(3) with SHA-512
 SHADOW = (
@@ -30,6 +32,9 @@ SHADOW = (
 )
 # What a ruleset says no with: Dante with reply 2 of RFC 1928, section 6, sing-box with 1, "general failure".
 FORBIDDEN = Failure.PROHIBITED if servers.SOCKS_UDP == "danted" else Failure.PROXY_FAILED
+
+# What `socks_without_udp` says to UDP ASSOCIATE.
+NO_UDP = Failure.PROHIBITED if servers.SOCKS_UDP == "danted" else Failure.UNSUPPORTED
 
 
 def free_port() -> int:
@@ -92,6 +97,29 @@ def socks_udp(directory: Path, *, auth: bool = False) -> Iterator[int]:
         yield port
 
 
+@contextlib.contextmanager
+def sing_box_udp(directory: Path, *, auth: bool = False) -> Iterator[int]:
+    """sing-box, whatever else there is. Gives its port."""
+    port = free_port()
+    with program(directory, port, *_sing_box(directory, port, auth)):
+        yield port
+
+
+@contextlib.contextmanager
+def socks_without_udp(directory: Path) -> Iterator[int]:
+    """Dante when it may carry connections only, or else microsocks, which knows nothing else. Gives its port."""
+    if servers.SOCKS_UDP != "danted":
+        with microsocks(directory) as port:
+            yield port
+        return
+    port = free_port()
+    command = _dante(directory, port, auth=False)
+    conf = directory / "danted.conf"
+    conf.write_text(conf.read_text().replace(" udpassociate udpreply", ""))
+    with program(directory, port, *command):
+        yield port
+
+
 def _sing_box(directory: Path, port: int, auth: bool) -> list[str]:
     return sing_box.command(directory, "127.0.0.1", port, {USER: PASSWORD} if auth else None, ["127.0.0.66/32"])
 
@@ -104,6 +132,7 @@ external: lo
 external.rotation: same-same
 socksmethod: {"username" if auth else "none"}
 clientmethod: none
+udp.connectdst: no
 user.privileged: root
 user.unprivileged: nobody
 client pass {{ from: 0.0.0.0/0 to: 0.0.0.0/0 }}

@@ -24,6 +24,14 @@ from .support import DEADLINE, MARK, Sockets, outbound, table, until
 HELLO = (hears(b"\x05\x01\x00"), says(b"\x05\x00"), hears(b"\x05\x03\x00\x01\x00\x00\x00\x00\x00\x00"))
 
 
+CARRIERS = [
+    ("socks_udp", None, None),
+    ("socks_udp_auth", USER, PASSWORD),
+    ("sing_box", None, None),
+    ("sing_box_auth", USER, PASSWORD),
+]
+
+
 @pytest.fixture
 def seen() -> Link:
     return Link()
@@ -63,7 +71,7 @@ def granted(port: int, address: bytes = b"\x01\x7f\x00\x00\x01") -> Step:
     return says(b"\x05\x00\x00" + address + port.to_bytes(2, "big"))
 
 
-@pytest.mark.parametrize(("kind", "user", "password"), [("socks_udp", None, None), ("socks_udp_auth", USER, PASSWORD)])
+@pytest.mark.parametrize(("kind", "user", "password"), CARRIERS)
 async def test_a_socks5_server_relays_by_address_and_by_name(
     sockets: Sockets, request: pytest.FixtureRequest, seen: Link, kind: str, user: str | None, password: str | None
 ) -> None:
@@ -81,16 +89,22 @@ async def test_a_socks5_server_relays_by_address_and_by_name(
     link.close()
 
 
-async def test_a_socks5_server_relays_to_the_longest_name(sockets: Sockets, socks_udp: int, seen: Link) -> None:
-    link = await seen.open(outbound(sockets, "socks5", socks_udp))
+@pytest.mark.parametrize("kind", ["socks_udp", "sing_box"])
+async def test_a_socks5_server_relays_to_the_longest_name(
+    sockets: Sockets, request: pytest.FixtureRequest, seen: Link, kind: str
+) -> None:
+    link = await seen.open(outbound(sockets, "socks5", request.getfixturevalue(kind)))
     with echo() as (_, port):
         link.send(Destination(LONG_NAME, port), b"x")
         await until(lambda: seen.heard == [(LONG_NAME, port, b"x")])
     link.close()
 
 
-async def test_two_hundred_datagrams_through_a_socks5_server(sockets: Sockets, socks_udp: int, seen: Link) -> None:
-    link = await seen.open(outbound(sockets, "socks5", socks_udp))
+@pytest.mark.parametrize("kind", ["socks_udp", "sing_box"])
+async def test_two_hundred_datagrams_through_a_socks5_server(
+    sockets: Sockets, request: pytest.FixtureRequest, seen: Link, kind: str
+) -> None:
+    link = await seen.open(outbound(sockets, "socks5", request.getfixturevalue(kind)))
     with echo() as address:
         for number in range(200):
             link.send(Destination(*address), b"%d" % number)
@@ -99,10 +113,11 @@ async def test_two_hundred_datagrams_through_a_socks5_server(sockets: Sockets, s
     link.close()
 
 
+@pytest.mark.parametrize("server", [peers.socks_udp, peers.sing_box_udp])
 async def test_the_association_ends_with_its_control_connection(
-    sockets: Sockets, tmp_path_factory: pytest.TempPathFactory, seen: Link
+    sockets: Sockets, tmp_path_factory: pytest.TempPathFactory, seen: Link, server: peers.Server
 ) -> None:
-    with peers.socks_udp(tmp_path_factory.mktemp("dying")) as port:
+    with server(tmp_path_factory.mktemp("dying")) as port:
         way = outbound(sockets, "socks5", port)
         link = await seen.open(way)
     await until(lambda: seen.died)
@@ -219,6 +234,25 @@ async def test_small_talk_on_the_control_connection_is_ignored(sockets: Sockets,
             await until(lambda: udp.heard)
             assert not seen.died
             link.close()
+
+
+@pytest.mark.parametrize("kind", ["socks_udp", "sing_box"])
+async def test_anybody_may_answer(sockets: Sockets, request: pytest.FixtureRequest, seen: Link, kind: str) -> None:
+    """Full cone: the relay's own port is open to whoever was told of it, under the address that they have."""
+    link = await seen.open(outbound(sockets, "socks5", request.getfixturevalue(kind)))
+    loop = asyncio.get_running_loop()
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as first,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger,
+    ):
+        first.setblocking(False)
+        first.bind(("127.0.0.1", 0))
+        stranger.bind(("127.0.0.1", 0))
+        link.send(Destination(*first.getsockname()), b"here I am")
+        _, outside = await asyncio.wait_for(loop.sock_recvfrom(first, 100), 5)
+        stranger.sendto(b"hello", outside)
+        await until(lambda: seen.heard == [("127.0.0.1", stranger.getsockname()[1], b"hello")])
+    link.close()
 
 
 async def test_what_is_no_name_cannot_be_sent_to(sockets: Sockets, seen: Link) -> None:

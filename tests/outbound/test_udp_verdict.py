@@ -90,6 +90,18 @@ async def test_a_real_proxy_that_refuses_is_asked_once(sockets: Sockets, microso
     assert [line["event"] for line in lines if line["log_level"] == "warning"] == ["datagrams are refused"]
 
 
+async def test_a_real_proxy_whose_rules_forbid_it_is_asked_once(
+    sockets: Sockets, tmp_path_factory: pytest.TempPathFactory, seen: Link
+) -> None:
+    with peers.socks_without_udp(tmp_path_factory.mktemp("tcp_only")) as port:
+        way = outbound(sockets, "socks5", port)
+        assert (await fails(way, seen)).failure is peers.NO_UDP
+        refusal = way.refuse_datagrams()
+    assert refusal is not None
+    assert "(UDP ASSOCIATE)" in str(refusal)
+    assert len(sockets.made) == 1
+
+
 async def test_another_network_another_try(sockets: Sockets, microsocks: int, seen: Link) -> None:
     way = outbound(sockets, "socks5", microsocks)
     await fails(way, seen)
