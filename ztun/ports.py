@@ -338,7 +338,9 @@ ReadyHandler = Callable[[int], None]
 
 READABLE = 0x001
 WRITABLE = 0x004
-ENDED = 0x2018  # POLLRDHUP, POLLHUP, POLLERR: the end of what can be read is near, so a short read is not the last
+# POLLRDHUP, POLLHUP, POLLERR: the end of what can be read is near; POLLPRI: an urgent mark, at which a read stops.
+# With one of them a short read is not the last.
+ENDED = 0x201A
 
 
 class Poller(Protocol):

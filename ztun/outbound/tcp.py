@@ -66,6 +66,7 @@ def begin(factory: SocketFactory, address: str, port: int) -> tuple[socket.socke
     sock = factory(family_of(address), socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # else urgent bytes are missing in the stream
         number = sock.connect_ex((address, port))
         if number == errno.EINPROGRESS:
             # On a path without delay the answer came within connect(2). If it was an ICMP error of a router on this

@@ -18,7 +18,7 @@ from typing import Any
 
 from ztun.ports import ReadyHandler
 
-_EDGE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+_EDGE = select.EPOLLIN | select.EPOLLPRI | select.EPOLLRDHUP | select.EPOLLET
 _EDGE_BOTH = _EDGE | select.EPOLLOUT
 _MOST_EVENTS = 256  # of one system call; those that are left come with the next
 
