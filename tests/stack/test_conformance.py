@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import re
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from documented import ROOT, SKIPS, has_unreadable, missing, nodes_in, not_collected
 
-_ROOT = Path(__file__).parents[2]
-_DOCUMENT = _ROOT / "docs" / "conformance.md"
-_NODE = re.compile(r"`(tests/[\w/]+\.py::test_\w+(?:\[[^`]*\])?)`")
-_ANY_NODE = re.compile(r"`[^`]*::[^`]*`")
+_DOCUMENT = ROOT / "docs" / "conformance.md"
 _REASON = re.compile(r"^(n/a|differs): \S+(?: \S+){2,}")
 _NUMBERED = re.compile(r"^(MUST|SHLD|MAY|REC)-\d+$")
 _LEVEL = re.compile(r"^(MUST|SHOULD|MAY|RECOMMENDED|must|should|may)( NOT| not)?( exceed)?$")
-_SKIPS = re.compile(r"\bpytest\.(?:mark\.)?(?:skip|xfail|importorskip)")  # nowhere in a file that is named
 _HEADING = "| Requirement | Level | Shown by, or why not |"
 
 # RFC 9293 appendix B, counted: the numbers run without a gap.
@@ -37,7 +30,7 @@ class Row(NamedTuple):
 
     @property
     def nodes(self) -> list[str]:
-        return _NODE.findall(self.evidence)
+        return nodes_in(self.evidence)
 
 
 @cache
@@ -61,31 +54,9 @@ def faults(row: Row) -> list[str]:
         wrong.append(f"has the level {row.level!r}")
     if not row.nodes and not _REASON.match(row.evidence):
         wrong.append("has neither a test nor a reason")
-    if len(row.nodes) != len(_ANY_NODE.findall(row.evidence)):
+    if has_unreadable(row.evidence):
         wrong.append("has a test that cannot be read")
     return wrong
-
-
-@cache
-def functions_of(path: str) -> set[str]:
-    """The names of a file's functions."""
-    tree = ast.parse((_ROOT / path).read_text())
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-
-
-def missing(node: str) -> str | None:
-    """Why a node id names no test that always runs, or None."""
-    path, _, name = node.partition("::")
-    name = name.partition("[")[0]
-    if not (_ROOT / path).is_file():
-        return "no such file"
-    if name not in functions_of(path):
-        return "no such test"
-    folders = [folder for folder in (_ROOT / path).parents if folder.is_relative_to(_ROOT / "tests")]
-    for file in [_ROOT / path, *(folder / "conftest.py" for folder in folders)]:
-        if file.is_file() and _SKIPS.search(file.read_text()):
-            return "may be skipped, or is expected to fail"
-    return None
 
 
 def test_there_are_rows() -> None:
@@ -113,15 +84,7 @@ def test_levels_of_numbered_requirements_are_those_of_their_names() -> None:
 
 def test_every_test_that_is_named_is_run_by_make_test() -> None:
     """pytest is asked, with the arguments of `make test` (none): what it selects is what it runs."""
-    paths = sorted({node.partition("::")[0] for row in rows() for node in row.nodes})
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *paths]
-    listing = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=100)
-    assert listing.returncode == 0, listing.stdout[-2000:]
-    collected = set(listing.stdout.splitlines())
-    plain = {node.partition("[")[0] for node in collected}
-    unknown = {node for row in rows() for node in row.nodes if node not in (collected if "[" in node else plain)}
-    assert not unknown
-    assert "deselected" not in listing.stdout
+    assert not not_collected(node for row in rows() for node in row.nodes)
 
 
 @pytest.mark.parametrize(
@@ -148,4 +111,4 @@ def test_a_test_that_is_not_there_is_noticed() -> None:
 
 @pytest.mark.parametrize("how", ["mark.skipif(True)", "mark.xfail", "skip('not here')", "importorskip('bcc')"])
 def test_a_test_that_may_not_run_is_noticed(how: str) -> None:
-    assert _SKIPS.search(f"    pytest.{how}")
+    assert SKIPS.search(f"    pytest.{how}")
