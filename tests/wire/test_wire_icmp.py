@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 from scapy.layers.inet import ICMP, IP
-from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6EchoReply, ICMPv6EchoRequest, IPv6, in6_chksum
+from scapy.layers.inet6 import (
+    ICMPv6DestUnreach,
+    ICMPv6EchoReply,
+    ICMPv6EchoRequest,
+    ICMPv6TimeExceeded,
+    IPv6,
+    in6_chksum,
+)
 from scapy.packet import Raw
 
 from ztun.wire import icmp, ip
@@ -49,6 +56,18 @@ def test_an_unreachable(reason: icmp.Reason) -> None:
     assert IPv6(packet)[ICMPv6DestUnreach].code == reason.value[1]
     assert len(packet) == 1280
     assert in6_chksum(58, IPv6(packet), packet[40:]) == 0, "summed with its checksum"
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_time_exceeded(version: int) -> None:
+    source, destination, quoted = (SERVER4, CLIENT4, 548) if version == 4 else (SERVER6, CLIENT6, 1232)
+    invoking = bytes(i % 251 for i in range(3000))
+    packet = icmp.reassembly_time_exceeded(source, destination, invoking)
+    assert is_what_scapy_builds(packet)
+    message = IP(packet)[ICMP] if version == 4 else IPv6(packet)[ICMPv6TimeExceeded]
+    assert (message.type, message.code) == ((11, 1) if version == 4 else (3, 1))
+    assert packet[-quoted:] == invoking[:quoted]
+    assert len(packet) == (576 if version == 4 else 1280)
 
 
 @pytest.mark.parametrize(("version", "errors"), [(4, {3, 4, 5, 11, 12}), (6, set(range(128)))], ids=["ipv4", "ipv6"])
