@@ -31,9 +31,42 @@ STATUS: dict[str, Any] = {
         "ended": {"finished": 6, "reset by client": 1},
         "failed": {},
     },
+    "udp": {"rebuilt": 1},
+    "dns": {
+        "queries": 5,
+        "cache_hits": 2,
+        "servers": {
+            "udp://9.9.9.9:53": {
+                "queries": 3,
+                "answers": 2,
+                "timeouts": 1,
+                "failures": 0,
+                "latency": {"count": 2, "sum_s": 0.5, "mean_s": 0.25, "max_s": 0.4},
+            },
+            "tls://9.9.9.9:853": {
+                "queries": 0,
+                "answers": 0,
+                "timeouts": 0,
+                "failures": 0,
+                "latency": {"count": 0, "sum_s": 0.0, "mean_s": None, "max_s": None},
+            },
+        },
+    },
     "outbounds": {
-        "office": {"type": "socks5", "dials": 9, "failures": {"timed out": 2}, "drops": {}},
-        "di\\rect\n": {"type": "direct", "dials": 1, "failures": {}, "drops": {'say "no"': 4}},
+        "office": {
+            "type": "socks5",
+            "dials": 9,
+            "failures": {"timed out": 2},
+            "drops": {},
+            "udp": {"verdict": "proxy", "opened": 4, "lost": 1, "refused": 3, "reason": "it said no"},
+        },
+        "di\\rect\n": {
+            "type": "direct",
+            "dials": 1,
+            "failures": {},
+            "drops": {'say "no"': 4},
+            "udp": {"verdict": "direct", "opened": 0, "lost": 0, "refused": 0, "reason": None},
+        },
     },
     "network": {
         "state": "up",
@@ -68,6 +101,22 @@ def test_every_figure_of_the_status_is_there_with_its_labels() -> None:
     assert found["ztun_drops_total", "tcp-window"] == 5
     assert found["ztun_drops_total", "internal-error"] == 0
     assert found["ztun_log_lines_dropped_total",] == 1
+
+
+def test_dns_servers_and_datagrams_have_figures_of_their_own() -> None:
+    found = samples(STATUS)
+
+    assert found["ztun_dns_events_total", "cache_hits"] == 2
+    assert not [key for key in found if key[:2] == ("ztun_dns_events_total", "servers")]
+    assert found["ztun_dns_server_queries_total", "udp://9.9.9.9:53"] == 3
+    assert found["ztun_dns_server_timeouts_total", "udp://9.9.9.9:53"] == 1
+    assert found["ztun_dns_server_latency_seconds_total", "udp://9.9.9.9:53"] == 0.5
+    assert found["ztun_dns_server_latency_max_seconds", "udp://9.9.9.9:53"] == 0.4
+    assert ("ztun_dns_server_latency_max_seconds", "tls://9.9.9.9:853") not in found  # it has not answered yet
+    assert found["ztun_udp_links_rebuilt_total",] == 1
+    assert found["ztun_outbound_udp_refused_total", "office"] == 3
+    assert found["ztun_outbound_udp_refusing", "office"] == 1
+    assert found["ztun_outbound_udp_refusing", "di\\rect\n"] == 0
 
 
 def test_labels_are_escaped() -> None:
