@@ -15,11 +15,14 @@ from ztun.outbound.base import ProxyOutbound
 from ztun.outbound.pool import WarmPool
 from ztun.ports import Connected, Destination, Dialling, Failed, Failure, OutboundError
 
+from .netns import ROUTER4, Namespace
 from .support import Sockets, nobody, until
 
 HELLO, WELCOME = b"\x05\x01\x00", b"\x05\x00"
 GRANTED = b"\x05\x00\x00\x01\x00\x00\x00\x00\x00\x00"
 TO = Destination("192.0.2.1", 80)
+_SILENCE = """add table inet silence; add chain inet silence out { type filter hook output priority 0; };
+    add rule inet silence out meta l4proto tcp drop"""
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter, int], Awaitable[None]]
 
 
@@ -65,6 +68,31 @@ def warmed(sockets: Sockets, port: int, kind: str = "socks5", warm: int = 2, mos
 def pool_of(outbound: ProxyOutbound) -> dict[str, int]:
     found: dict[str, int] = outbound.statistics()["pool"]
     return found
+
+
+async def test_one_whose_proxy_fell_silent_is_found_by_probes_and_dropped(client: Sockets, router: Namespace) -> None:
+    """`pool.keepalive_interval` of one second: a probe after one, three without an answer, and it is gone."""
+    with router.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.bind((ROUTER4, 0))
+        listener.listen()
+        listener.setblocking(False)
+        poller = platform.poller_of(asyncio.get_running_loop())
+        spec = OutboundSpec("it", "socks5", ROUTER4, listener.getsockname()[1])
+        way = make_outbounds([spec], Tools(poller, client, nobody, 5, 1, 1, 1))["it"]
+        assert isinstance(way, ProxyOutbound)
+        way.warm_up()
+        loop = asyncio.get_running_loop()
+        far, _address = await loop.sock_accept(listener)
+        assert await loop.sock_recv(far, 3) == HELLO
+        await loop.sock_sendall(far, WELCOME)
+        await until(lambda: pool_of(way)["waiting"] == 1)
+        router.run(f"nft {_SILENCE}")
+        try:
+            await until(lambda: pool_of(way)["lost"] == 1, 10)
+        finally:
+            router.run("nft delete table inet silence")
+            far.close()
+        await way.close()
 
 
 async def first_byte(sock: socket.socket) -> int:
