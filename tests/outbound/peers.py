@@ -143,13 +143,13 @@ socks pass {{ from: 0.0.0.0/0 to: 0.0.0.0/0 command: connect udpassociate udprep
 
 
 @contextlib.contextmanager
-def tinyproxy(directory: Path, *, auth: bool = False) -> Iterator[int]:
+def tinyproxy(directory: Path, *, auth: bool = False, host: str = "127.0.0.1") -> Iterator[int]:
     """An HTTP proxy that blocks the name blocked.example and CONNECT to port 7. Gives its port."""
     port = free_port()
     (directory / "filter").write_text("blocked.example\n")
     (directory / "tinyproxy.conf").write_text(f"""\
 Port {port}
-Listen 127.0.0.1
+Listen {host}
 User nobody
 MaxClients 100
 Filter "{directory}/filter"
@@ -158,7 +158,7 @@ LogFile "{directory}/tinyproxy.log"
 {f"BasicAuth {USER} {PASSWORD}" if auth else ""}
 """)
     directory.chmod(0o755)
-    with program(directory, port, "tinyproxy", "-d", "-c", str(directory / "tinyproxy.conf")):
+    with program(directory, port, "tinyproxy", "-d", "-c", str(directory / "tinyproxy.conf"), host=host):
         yield port
 
 

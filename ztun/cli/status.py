@@ -34,6 +34,8 @@ def show_status(status: Mapping[str, Any]) -> None:
     if outbounds:
         heading(console, "Outbounds")
         console.print(table(outbounds, numbers=_number_columns(outbounds)))
+    for line in _refusals(status.get("outbounds")):
+        console.print(line, soft_wrap=True, markup=False)
     drops = {reason: count for reason, count in (status.get("drops") or {}).items() if count}
     heading(console, "Drops", "" if drops else "none")
     if drops:
@@ -107,12 +109,18 @@ def _rows(outbounds: Any) -> list[dict[str, Any]]:
 
 
 def _say_udp(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of an outbound with those of its datagrams in a word or two."""
+    """The figures of an outbound with those of its datagrams in a word."""
     udp = figures.get("udp")
     if not isinstance(udp, Mapping):
         return dict(figures)
-    refuses = udp.get("reason") is not None and udp["verdict"] == "proxy"
-    return {**figures, "udp": f"refused: {udp['reason']}" if refuses else udp["verdict"]}
+    return {**figures, "udp": "refused" if udp["verdict"] == "proxy" and udp["reason"] else udp["verdict"]}
+
+
+def _refusals(outbounds: Any) -> list[str]:
+    """A line for each proxy that does not do what it is asked with datagrams."""
+    found = outbounds.values() if isinstance(outbounds, Mapping) else ()
+    udp = [figures["udp"] for figures in found if isinstance(figures, Mapping) and figures.get("udp")]
+    return [f"no datagrams: {each['reason']}" for each in udp if each["verdict"] == "proxy" and each["reason"]]
 
 
 def _server_rows(dns: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -103,7 +103,8 @@ class HttpDialogue:
             self._header.clear()
         else:
             failure = _told_reason(header) or _FAILURES.get(status, Failure.PROXY_FAILED)
-            raise OutboundError(failure, f"it answered {line[:200].decode('ascii', 'backslashreplace')}")
+            said = line[:200].decode("latin-1").encode("unicode_escape").decode("ascii")  # for terminals
+            raise OutboundError(failure, f"it answered {said}")
 
 
 def _told_reason(header: bytes) -> Failure | None:
