@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator
 from test_config_errors import JSON, LIKELY, PLACES, changed, read_mistakes
 from test_examples import EXAMPLES
 
-from ztun.config.schema import DIALECT, keys_of, make_schema
+from ztun.config.schema import DESCRIPTIONS, DIALECT, keys_of, make_schema
 
 VALIDATOR = Draft202012Validator(make_schema())
 
@@ -49,10 +49,11 @@ def test_it_is_a_schema() -> None:
     Draft202012Validator.check_schema(make_schema())
 
 
-def test_every_key_is_described() -> None:
+def test_every_key_is_described_and_nothing_else() -> None:
     schema = make_schema()
     keys = [(place, holder["properties"][key].get("description")) for place, holder, key in keys_of(schema)]
     assert [place for place, description in keys if not description] == []
+    assert set(DESCRIPTIONS) == {place for place, _description in keys}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
