@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import signal
 import socket
+import time
 
 import pytest
 from dnslib import DNSRecord
 
 from e2e.traffic import ask_udp, read_all, start
 from ztun.lab import Lab, Ztun, plan
+from ztun.lab.namespace import wait_until
 
 FAKE4 = ipaddress.ip_network("198.18.0.0/15")
 FAKE6 = ipaddress.ip_network("2001:2::/48")
@@ -141,6 +145,18 @@ def test_hijack_can_be_switched_off(lab: Lab) -> None:
     assert ipaddress.ip_address(lab.dig("site.test")) in FAKE4
 
 
+@TRANSPORTS
+def test_a_rule_with_the_target_dns_answers_on_any_port(lab: Lab, transport: str) -> None:
+    rules = [
+        {"ip_cidr": [plan.SHARED4, plan.SHARED6], "port": 5300, "outbound": "dns"},
+        {"domain": ["site.test"], "outbound": "socks"},
+    ]
+    start(lab, {"dns": {"hijack": False}, "route": {"rules": rules}})
+    for server in (plan.SHARED4, plan.SHARED6):
+        assert ipaddress.ip_address(lab.dig(f"@{server}", "-p", "5300", transport, "site.test")) in FAKE4
+        assert lab.dig(f"@{server}", "-p", "5300", transport, "direct.test", "AAAA") == plan.DIRECT6
+
+
 def test_names_keep_their_addresses_over_a_restart(lab: Lab) -> None:
     store = str(lab.directory / "kept.db")
     config = {
@@ -155,6 +171,45 @@ def test_names_keep_their_addresses_over_a_restart(lab: Lab) -> None:
     assert page["host"] == "kept-3.bulk.test"
     assert page["client"] in (plan.UPSTREAM4, plan.UPSTREAM6)
     assert [lab.dig(f"kept-{number}.bulk.test") for number in range(5)] == before
+
+
+def test_names_keep_their_addresses_when_it_is_killed(lab: Lab) -> None:
+    """SIGKILL as soon as the answers are there, again and again: every address that a client has keeps its name."""
+    config = {
+        "dns": {"fake_ip": {"store": str(lab.directory / "killed.db")}},
+        "route": {"rules": [{"domain_suffix": ["test"], "outbound": "socks"}]},
+    }
+    given: dict[str, str] = {}
+    for turn in range(3):
+        instance = start(lab, config)
+        given |= {name: lab.dig(name) for name in (f"killed-{turn}-{number}.bulk.test" for number in range(5))}
+        os.kill(instance.pid, signal.SIGKILL)
+        assert wait_until(lambda killed=instance: killed.returncode is not None)  # type: ignore[misc]
+    start(lab, config)
+    assert {name: lab.dig(name) for name in given} == given
+
+
+@pytest.mark.parametrize("type", ["A", "AAAA"])
+def test_a_pool_of_few_names_gives_none_away_that_is_in_use(lab: Lab, type: str) -> None:
+    """Two names, a second each: with a flow on the first, all others have to share the second."""
+    rules = [{"domain_suffix": ["test"], "outbound": "socks"}]
+    fake = {"size": 2, "ttl": 1, "store": None}
+    start(lab, {"dns": {"fake_ip": fake}, "route": {"rules": rules}})
+    used = lab.dig("used.bulk.test", type)
+    assert lab.client.run("dig", "+noall", "+answer", "used.bulk.test", type).stdout.split()[1:3] == ["1", "IN"]
+    with lab.client.connect(used, plan.ECHO_PORT) as sock:
+        others = [lab.dig("first.bulk.test", type)]
+        assert lab.dig("second.bulk.test", type) == ""  # the other one rests
+        for name in ("second.bulk.test", "third.bulk.test", "fourth.bulk.test"):
+            time.sleep(1.2)
+            others.append(lab.dig(name, type))
+        assert len(set(others)) == 1
+        assert used not in others
+        assert lab.dig("-x", used) == "used.bulk.test."
+        sock.sendall(b"still the same")
+        assert sock.recv(100) == b"still the same"
+    time.sleep(1.2)
+    assert lab.dig("fifth.bulk.test", type) in (used, others[0])
 
 
 def _malformed(instance: Ztun) -> int:
