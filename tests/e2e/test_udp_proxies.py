@@ -161,6 +161,29 @@ def test_datagrams_flow_again_when_the_proxy_was_restarted(lab: Lab, gateway: Zt
     assert udp_of(gateway, tag)["reason"] is None
 
 
+def test_forty_sessions_outlive_a_restart_of_their_proxy(lab: Lab, gateway: Ztun) -> None:
+    address = lab.dig(f"crowd.dante.{plan.BULK_DOMAIN}")
+    before = gateway.status()["udp"]
+    socks = [lab.client.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(40)]
+    try:
+        for sock in socks:
+            sock.connect((address, plan.ECHO_PORT))
+            assert answered(sock, b"before", 3)
+        lab.end_server(servers.SOCKS_UDP)
+        for _ in range(5):
+            assert not any(answered(sock, b"during", 0.002) for sock in socks)
+        lab.begin_server(servers.SOCKS_UDP)
+        for sock in socks:
+            assert wait_until(lambda each=sock: answered(each, b"after", 0.2), 8)  # type: ignore[misc]
+        after = gateway.status()["udp"]
+        assert after["total"] == before["total"] + 40
+        assert after["rebuilt"] >= before["rebuilt"] + 40
+        assert gateway.status()["outbounds"]["dante"]["datagram_links"] >= 40
+    finally:
+        for sock in socks:
+            sock.close()
+
+
 def answered(sock: socket.socket, payload: bytes, timeout: float) -> bool:
     """Whether the echo of `payload` comes back in time, after whatever comes late."""
     sock.settimeout(timeout)

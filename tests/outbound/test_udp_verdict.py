@@ -163,30 +163,62 @@ async def test_a_link_that_dies_is_counted(
     assert (way.statistics()["udp"]["opened"], way.statistics()["udp"]["lost"]) == (1, 1)
 
 
-def test_how_long_a_refusal_is_remembered() -> None:
-    sure = Datagrams("it", "proxy")
-    sure.refuse(Failure.PROHIBITED, "said so", 1000.0, sure=True)
-    assert sure.refusal(1299.9) is not None
-    assert sure.refusal(1300.0) is None
+CLOSED = OutboundError(Failure.PROXY_FAILED, "it closed the connection")
 
-    doubtful, now = Datagrams("it", "proxy"), 0.0
-    waits = []
+
+def waits(it: Datagrams, now: float) -> int:
+    """Whole seconds from `now` for which the proxy is left alone."""
+    return next(wait for wait in range(1000) if it.refusal(now + wait) is None)
+
+
+def test_what_a_proxy_says_is_remembered_for_five_minutes() -> None:
+    it = Datagrams("it", "proxy")
+    it.refuse(Failure.PROHIBITED, "said so", 1000.0)
+    assert waits(it, 1000.0) == 300
+    refusal = it.refusal(1001.0)
+    assert refusal is not None
+    assert (refusal.failure, str(refusal)) == (Failure.PROHIBITED, "said so")
+
+
+def test_a_proxy_that_only_fails_to_is_left_alone_longer_and_longer() -> None:
+    it, now, found = Datagrams("it", "proxy"), 0.0, []
     for _ in range(11):
-        doubtful.refuse(Failure.UNSUPPORTED, "closed", now, sure=False)
-        waits.append(next(wait for wait in range(1, 1000) if doubtful.refusal(now + wait) is None))
-        now += waits[-1]
-    assert waits == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
-    doubtful.granted()
-    doubtful.refuse(Failure.UNSUPPORTED, "closed", now, sure=False)
-    assert doubtful.refusal(now + 1) is None  # it begins anew
+        assert it.fail(CLOSED, now).failure is Failure.UNSUPPORTED
+        found.append(waits(it, now))
+        now += found[-1]
+    assert found == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
+    it.forget()
+    it.fail(CLOSED, now)
+    assert waits(it, now) == 1  # another network: it begins anew
+
+
+def test_many_that_fail_at_once_count_once() -> None:
+    it = Datagrams("it", "proxy")
+    for number in range(100):
+        assert it.fail(CLOSED, 5.0 + number / 1000).failure is Failure.UNSUPPORTED
+    assert waits(it, 5.0) == 1
+    it.fail(CLOSED, 6.0)
+    assert waits(it, 6.0) == 2
+
+
+def test_a_proxy_that_could_has_half_a_minute_to_recover() -> None:
+    it = Datagrams("it", "proxy")
+    it.granted()
+    for now in (100.0, 110.0, 129.9):
+        assert it.fail(CLOSED, now) is CLOSED
+        assert it.refusal(now) is None
+    assert it.fail(CLOSED, 130.0).failure is Failure.UNSUPPORTED
+    assert waits(it, 130.0) == 1
+    it.granted()
+    assert it.fail(CLOSED, 140.0) is CLOSED  # all is forgiven
 
 
 def test_the_log_tells_each_reason_once_until_it_worked() -> None:
     it = Datagrams("it", "proxy")
     with capture_logs() as lines:
         for reason in ("one", "one", "two"):
-            it.refuse(Failure.UNSUPPORTED, reason, 0.0, sure=True)
+            it.refuse(Failure.UNSUPPORTED, reason, 0.0)
             it.refusal(1.0)
         it.granted()
-        it.refuse(Failure.UNSUPPORTED, "two", 0.0, sure=True)
+        it.refuse(Failure.UNSUPPORTED, "two", 0.0)
     assert [line["reason"] for line in lines] == ["one", "two", "two"]

@@ -243,7 +243,7 @@ class UdpSession:
             "destinations": self.destinations,
             "rule": self.first[1] if self.first is not None else None,
             "outbound": self.outbound.tag,
-            "state": "open" if self._link is not None else "dialling",
+            "state": "open" if self._link is not None else "dialling" if self._opening is not None else "waiting",
             "up": self.up,
             "down": self.down,
             "seconds": round(now - self.started, 3),

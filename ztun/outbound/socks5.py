@@ -215,16 +215,15 @@ class Socks5Outbound(ProxyOutbound):
     def _not_associated(self, dialogue: Socks5Dialogue, error: OutboundError) -> OutboundError:
         """What it says of the proxy that it did not grant an association.
 
-        Some servers without UDP do not say so: OpenSSH closes the connection. The same from one that did grant some
-        is a trouble that passes.
+        Some servers without UDP do not say so: OpenSSH closes the connection.
         """
         if not dialogue.asked:
             return error
-        sure = dialogue.code in _NO_DATAGRAMS
-        if not sure and self.datagrams.works:
-            return error
-        failure = _NO_DATAGRAMS.get(dialogue.code or 0, Failure.UNSUPPORTED)
-        return self.datagrams.refuse(failure, f"{error} (UDP ASSOCIATE)", time.monotonic(), sure=sure)
+        now = time.monotonic()
+        told = OutboundError(error.failure, f"{error} (UDP ASSOCIATE)")
+        if dialogue.code in _NO_DATAGRAMS:
+            return self.datagrams.refuse(_NO_DATAGRAMS[dialogue.code], str(told), now)
+        return self.datagrams.fail(told, now)
 
     async def _relay_address(self, control: socket.socket, bound: tuple[str, int]) -> tuple[str, int]:
         """Where the relay listens. All zeros mean the address at which the proxy was reached."""

@@ -14,6 +14,7 @@ DatagramVerdict = Literal["proxy", "reject", "direct"]
 
 _SURE = 300.0  # seconds for which a proxy is not asked again that said it does not do this
 _DOUBT, _MOST_DOUBT = 1.0, 300.0  # the same for one that only failed to: at first, and doubled each time up to the last
+_PATIENCE = 30.0  # seconds for which one that could may fail to before it is thought unable
 
 
 class Datagrams:
@@ -29,7 +30,8 @@ class Datagrams:
         self.opened = 0
         self.lost = 0
         self.refused = 0
-        self.works = False  # the proxy carried datagrams, and has not said since that it does not
+        self._works = False  # the proxy granted links, and nothing has shown since that it does not any more
+        self._failing_since: float | None = None
         self._tag = tag
         self._refusal = (Failure.UNSUPPORTED, reason) if reason is not None else None
         self._until = float("inf") if reason is not None else 0.0
@@ -45,24 +47,30 @@ class Datagrams:
         self._tell(reason)
         return OutboundError(failure, reason)
 
-    def refuse(self, failure: Failure, reason: str, now: float, *, sure: bool) -> OutboundError:
-        """The proxy did not grant a link, and is not asked again for a while. Returns what to raise.
+    def refuse(self, failure: Failure, reason: str, now: float) -> OutboundError:
+        """The proxy said that it never grants a link, and is not asked again for a while. Returns what to raise."""
+        return self._remember(failure, reason, now + _SURE)
 
-        sure: it said that it never does; otherwise one that never did is thought unable, for longer and longer.
+    def fail(self, error: OutboundError, now: float) -> OutboundError:
+        """The proxy was asked and did not grant a link, for whatever reason. Returns what to raise.
+
+        That is a trouble that passes if it granted some before; else, or if the trouble lasts, the proxy is thought
+        unable, and left alone for longer and longer.
         """
-        wait = _SURE if sure else self._doubt
-        if not sure:
-            self._doubt = min(2 * self._doubt, _MOST_DOUBT)
-        self.works = False
-        self._refusal = failure, reason
-        self._until = now + wait
-        self._tell(reason)
-        return OutboundError(failure, reason)
+        if self._works:
+            self._failing_since = now if self._failing_since is None else self._failing_since
+            if now < self._failing_since + _PATIENCE:
+                return error
+        if now < self._until:  # several asked at once, and this is the same news again
+            return OutboundError(Failure.UNSUPPORTED, str(error))
+        wait, self._doubt = self._doubt, min(2 * self._doubt, _MOST_DOUBT)
+        return self._remember(Failure.UNSUPPORTED, str(error), now + wait)
 
     def granted(self) -> None:
         """A link came about."""
         self.opened += 1
-        self.works = True
+        self._works = True
+        self._failing_since = None
         self.forget()
         self._told = None
 
@@ -70,6 +78,7 @@ class Datagrams:
         """The proxy may be asked again at once."""
         if not self._is_forever:
             self._refusal = None
+            self._until = 0.0
             self._doubt = _DOUBT
 
     def describe(self, now: float) -> dict[str, Any]:
@@ -80,6 +89,13 @@ class Datagrams:
             "verdict": self.verdict, "opened": self.opened, "lost": self.lost, "refused": self.refused,
             "reason": reason,
         }  # fmt: skip
+
+    def _remember(self, failure: Failure, reason: str, until: float) -> OutboundError:
+        self._works = False
+        self._refusal = failure, reason
+        self._until = until
+        self._tell(reason)
+        return OutboundError(failure, reason)
 
     def _tell(self, reason: str) -> None:
         """Say it once in the log, and again only when it is another reason or worked meanwhile."""
