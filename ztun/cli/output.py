@@ -9,10 +9,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+_WIDE = 240  # columns; two IPv6 addresses with their ports and all that is beside them
 
-def make_console() -> Console:
-    """Plain text in a pipe, 80 columns wide there; colours and the real width in a terminal."""
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
+
+def make_console(*, wide: bool = False) -> Console:
+    """Plain text in a pipe, 80 columns wide there; colours and the real width in a terminal.
+
+    wide: in a pipe a row stays on its line, for `grep` and the like.
+    """
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
+    if wide and not console.is_terminal:
+        console.width = _WIDE
+    return console
 
 
 def heading(console: Console, title: str, note: str = "") -> None:

@@ -44,7 +44,7 @@ def show_status(status: Mapping[str, Any]) -> None:
 
 def show_flows(flows: list[dict[str, Any]]) -> None:
     """Print the body of GET /flows."""
-    console = make_console()
+    console = make_console(wide=True)
     if not flows:
         console.print("no flows")
         return
