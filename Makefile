@@ -20,7 +20,8 @@ $(SYSTEM_STAMP): Makefile packaging/install-packages
 	packaging/install-packages $(PACKAGES)
 	@mkdir -p $(VENV) && touch $@
 
-# System site packages, since that is where Debian's bcc lives. Debian 13 has no Dante: sing-box is in its place.
+# System site packages, since that is where Debian's bcc lives. sing-box is the second server for datagrams,
+# and the only one in Debian 13, which has no Dante.
 $(DEV_STAMP): $(SYSTEM_STAMP) pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv --system-site-packages $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,sing-box]"
