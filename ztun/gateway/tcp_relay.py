@@ -56,7 +56,7 @@ class TcpRelay:
         self._pending = _NOTHING
         self._pending_size = 0
         self._readable = more
-        self._ended = False
+        self._ended = more  # the event that told of bytes may have told of the end behind them, and does so once
         self._writes_watched = False
         self._upstream_done = False
         self._client_done = False
@@ -169,7 +169,7 @@ class TcpRelay:
             try:
                 count = self._sock.recv_into(buffer, room)
             except BlockingIOError:
-                self._readable = False
+                self._readable = self._ended = False
                 return
             except OSError:
                 self._upstream_broken(now)
