@@ -51,7 +51,6 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any] | str, tuple[str, ...]]] = {
         ("a", "outbounds"),
     ),
     "address not on any interface": ({"dns": {"listen": ["10.99.0.1:53"]}}, ("10.99.0.1", "dns.listen")),
-    "missing interface": ({"capture": {"lan": ["nolan0"]}}, ("nolan0", "capture.lan")),
 }
 
 
