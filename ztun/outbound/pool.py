@@ -1,8 +1,8 @@
 """Connections to a proxy that wait for a flow, with greeting and authentication behind them.
 
 A flow that finds one has to wait for one round trip to the proxy instead of three. As many are kept as were wanted at
-once lately. They are made a few at a time and never in a hurry, so that under load, when they save nobody's time, they
-cost next to nothing either. A proxy that ends them while they wait is asked again later and later, until a flow comes.
+once lately. Under load, when they save nobody's time, none are made. A proxy that ends them while they wait is asked
+again later and later, until a flow comes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from ztun.ports import Connected, Dialling, Failed, OutboundError, Poller
 
 _PAUSE = 0.01  # seconds from a connection's being taken to the making of the next
+_BUSY = 16  # flows within one pause: more than a page in a browser wants at once
 _FIRST_PATIENCE, _MOST_PATIENCE = 1.0, 64.0  # seconds, after the proxy ended or refused some
 IDLE_LIMIT = 300.0  # seconds that a connection waits before a fresh one takes its place
 
@@ -43,12 +44,14 @@ class WarmPool:
         self._least = least
         self._most = most
         self._want = least
+        self._asked = 0  # flows since the last look
         self._begin = begin
         self._keep_alive = keep_alive
         self._idle_limit = idle_limit
         self._waiting: dict[socket.socket, float] = {}  # until when; in the order of that
         self._making: set[Dialling] = set()
         self._patience = _FIRST_PATIENCE
+        self._is_patient = False  # and no flow came since
         self._timer: asyncio.TimerHandle | None = None
         self._expiry: asyncio.TimerHandle | None = None
         self._closed = False
@@ -59,21 +62,29 @@ class WarmPool:
     def fill(self) -> None:
         """Make what is missing, now."""
         self._timer = None
+        asked, self._asked = self._asked, 0
+        if asked > _BUSY:
+            self._fill_in(_PAUSE)
+            return
         for _ in range(self._want - len(self._waiting) - len(self._making)):
             self._make()
 
     def take(self) -> socket.socket | None:
         """The connection that waits for the shortest time, still watched by the poller; None when there is none."""
         self._patience = _FIRST_PATIENCE
-        if self._waiting:
-            sock, _ = self._waiting.popitem()
-            self.hits += 1
-        else:
-            sock = None
-            self.misses += 1
-            self._want = min(self._want + 1, self._most)
+        self._asked += 1
+        if self._is_patient and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._is_patient = False
         self._fill_in(_PAUSE)
-        return sock
+        if self._waiting:
+            self.hits += 1
+            return self._waiting.popitem()[0]
+        self.misses += 1
+        if self._want < self._most and self._asked <= _BUSY:
+            self._want += 1
+        return None
 
     def close(self) -> None:
         """Close what waits, and make no more."""
@@ -154,6 +165,7 @@ class WarmPool:
         os.close(sock.detach())
 
     def _be_patient(self) -> None:
+        self._is_patient = self._timer is None
         self._fill_in(self._patience)
         self._patience = min(2 * self._patience, _MOST_PATIENCE)
 
