@@ -45,8 +45,8 @@ names_log = structlog.get_logger("ztun.names")
 MARK = 0x7A74
 # The classifier takes the gateway for dead after a second without a sign.
 HEARTBEAT_INTERVAL = 0.2
-# Objects that come before a look for dead cycles, and such looks before one at older objects. A flow is some 40 objects,
-# nearly all dead when it is over, and looking again and again at those that live is what costs.
+# Objects that come before a look for dead cycles, and such looks before one at older objects. A flow is some 40, nearly
+# all dead when it is over, and looking again and again at those that live is what costs.
 _COLLECT = (20_000, 20, 20)
 # How often the TUN is made again before it is left to a person.
 _MOST_REVIVALS, _REVIVAL_PERIOD = 10, 60.0
