@@ -36,6 +36,7 @@ def test_one_that_does_not_answer_is_given_up(talk: Callable[..., Client]) -> No
         client.waits(75)
     client.hears(RST | ACK)
     assert app.how is Closed.TIMED_OUT
+    assert client.net.stack.keepalive == {"probes": 3, "given_up": 1}
 
 
 def test_keep_alive_can_be_turned_off(talk: Callable[..., Client]) -> None:

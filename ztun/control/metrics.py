@@ -45,6 +45,12 @@ ROWS = (
     Row("ztun_tcp_flows_half_open", "gauge", "tcp.half_open", "TCP flows whose handshake with the client is not over"),
     Row("ztun_tcp_flows", "counter", "tcp.total", "TCP flows that clients began"),
     Row("ztun_tcp_packets", "counter", "tcp.families.{family}", "TCP packets from clients, of up to 64 KiB each"),
+    Row(
+        "ztun_keepalive_events",
+        "counter",
+        "tcp.keepalive.{event}",
+        "Probes sent to silent clients, clients given up for want of an answer, upstreams that are probed",
+    ),
     Row("ztun_tcp_flows_ended", "counter", "tcp.ended.{how}", "TCP flows that are over, by how they ended"),
     Row("ztun_tcp_flows_failed", "counter", "tcp.failed.{reason}", "TCP flows that no outbound could connect"),
     Row("ztun_udp_sessions_active", "gauge", "udp.active", "UDP sessions, one per client endpoint and outbound"),

@@ -82,6 +82,7 @@ class Gateway:
         self._flows: set[Flow] = set()
         self._young: dict[Flow, float] = {}  # flows without keep-alive, the oldest first
         self._look_at_young: asyncio.TimerHandle | None = None
+        self._kept_alive = 0  # upstream connections that lived long enough to be probed
         self._ended: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()
         self._echoes = 0
@@ -241,6 +242,7 @@ class Gateway:
         for flow in [flow for flow in grown_up if flow.relay is not None]:
             assert flow.relay is not None
             flow.relay.keep_alive(self._keepalive_interval)
+            self._kept_alive += 1
             del self._young[flow]
 
     # DNS that clients sent elsewhere.
@@ -295,6 +297,7 @@ class Gateway:
                 "total": stack.opened,
                 "packets": stack.received["tcp"],
                 "families": _families(stack, "tcp"),
+                "keepalive": {**stack.keepalive, "upstreams": self._kept_alive},
                 "ended": dict(self._ended),
                 "failed": dict(self._failures),
             },

@@ -240,6 +240,7 @@ class Connection(Arrivals):
         settings = self.stack.settings
         limit = settings.fin_wait_2 if self.state is State.FIN_WAIT_2 else settings.tcp_idle
         if self.last_data + limit <= now or self._probes >= settings.keepalive_probes:
+            self.stack.keepalive["given_up"] += self._probes >= settings.keepalive_probes
             self.abort(now, Closed.TIMED_OUT)
             return
         following = self.last_heard + settings.keepalive_idle
@@ -247,6 +248,7 @@ class Connection(Arrivals):
             following = max(following, now + settings.keepalive_interval)  # what is outstanding asks in its place
         elif following <= now or self._probes:
             self._probes += 1
+            self.stack.keepalive["probes"] += 1
             self.emit(self.tx.nxt - 1, ACK, 0, [], now)
             following = now + settings.keepalive_interval
         self._idle_at = min(following, self.last_data + limit)

@@ -65,6 +65,7 @@ class Stack:
         self.memory = Memory(settings.max_memory)
         self.admission = Admission(settings, self.memory)
         self.opened = 0
+        self.keepalive = {"probes": 0, "given_up": 0}  # asked of silent clients, and clients that did not answer
         self.drops: dict[str, int] = {}
         self.received: dict[str, int] = {"tcp": 0, "udp": 0, "icmp": 0}
         self.received6: dict[str, int] = {"tcp": 0, "udp": 0, "icmp": 0}  # those of IPv6 among them
