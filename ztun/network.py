@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import structlog
 
 from ztun.errors import ZtunError
+from ztun.gateway.routing import text
 from ztun.ports import Classifier, NetworkEvent, NetworkMonitor, NetworkState, Path, Routes
 
 log = structlog.get_logger("ztun.network")
@@ -226,9 +226,7 @@ def _dead_addresses(now: NetworkState) -> frozenset[str]:
     for ifname, packed, _length in now.addresses:
         link = now.links.get(ifname)
         (alive if link is None or link.up else dead).add(packed)
-    return frozenset(
-        socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed) for packed in dead - alive
-    )
+    return frozenset(text(packed) for packed in dead - alive)
 
 
 def _say_ways(paths: Iterable[Path]) -> list[str]:

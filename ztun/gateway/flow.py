@@ -6,7 +6,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from ztun.gateway.failures import TCP_ANSWER
-from ztun.gateway.routing import Route, text
+from ztun.gateway.routing import Route, endpoint, text
 from ztun.gateway.tcp_relay import TcpRelay
 from ztun.ports import Dialling, OutboundError
 from ztun.stack import Closed, Connection, State
@@ -93,8 +93,3 @@ class Flow:
             "seconds": round(now - self.started, 3),
             "idle_s": round(now - conn.last_data, 3),
         }
-
-
-def endpoint(host: str, port: int) -> str:
-    """HOST:PORT, an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

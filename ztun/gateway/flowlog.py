@@ -7,9 +7,9 @@ the component "flow" decides and its limit on repeats.
 from __future__ import annotations
 
 import logging
-import socket
 from typing import Any
 
+from ztun.gateway.routing import endpoint, text
 from ztun.log.system import BoundLogger, log_system
 
 _INFO = logging.INFO
@@ -80,20 +80,12 @@ def _describe(
 ) -> dict[str, Any]:
     return {
         "protocol": protocol,
-        "client": _endpoint(_text(client), client_port),
+        "client": endpoint(text(client), client_port),
         "name": name or (None if _is_literal(host) else host),
-        "destination": _endpoint(host, port),
+        "destination": endpoint(host, port),
         "rule": rule,
         "outbound": outbound,
     }
-
-
-def _text(address: bytes) -> str:
-    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
-
-
-def _endpoint(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _is_literal(host: str) -> bool:

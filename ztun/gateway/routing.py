@@ -102,6 +102,11 @@ def text(address: bytes) -> str:
     return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
 
 
+def endpoint(host: str, port: int) -> str:
+    """HOST:PORT, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def packed(address: str) -> bytes | None:
     """The packed form of an address literal, None for a name."""
     try:

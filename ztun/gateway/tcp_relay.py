@@ -64,10 +64,6 @@ class TcpRelay:
         engine.poller.hand_over(self._fd, self.ready)
 
     @property
-    def conn(self) -> Connection:
-        return self._conn
-
-    @property
     def pending(self) -> int:
         """Bytes from the client that the upstream has not taken."""
         return self._pending_size

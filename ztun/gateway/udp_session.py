@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
 
-from ztun.gateway.routing import packed, text
+from ztun.gateway.routing import endpoint, packed, text
 from ztun.ports import Buffer, DatagramLink, Destination, Failure, Outbound, OutboundError
 from ztun.stack import Datagram, DatagramHeader, reverse
 
@@ -235,11 +235,11 @@ class UdpSession:
     def describe(self, now: float) -> dict[str, Any]:
         """A row of `ztun status --flows`. A session may have several destinations; the first one is named."""
         address, port = self.endpoint
-        client, peer = text(address), self.first[0] if self.first is not None else Destination("", 0)
+        peer = self.first[0] if self.first is not None else Destination("", 0)
         return {
             "protocol": "udp",
-            "client": f"[{client}]:{int.from_bytes(port)}" if ":" in client else f"{client}:{int.from_bytes(port)}",
-            "destination": f"[{peer.host}]:{peer.port}" if ":" in peer.host else f"{peer.host}:{peer.port}",
+            "client": endpoint(text(address), int.from_bytes(port)),
+            "destination": endpoint(*peer),
             "destinations": self.destinations,
             "rule": self.first[1] if self.first is not None else None,
             "outbound": self.outbound.tag,

@@ -108,26 +108,11 @@ class Arrivals(Segments):
             self.handler.writable(now)
             if self.is_closed:
                 return False
-        return length > 0 and self._take_next(packet[payload:end], length, now)
-
-    def _take_next(self, payload: memoryview, length: int, now: float) -> bool:
-        """Deliver what is next in line, while nothing else is kept that would come after it."""
-        rx = self.rx
-        rx.nxt += length
-        rx.unacknowledged += length
-        if rx.unacknowledged >= 2 * rx.mss:
-            rx.ack_now = True
-        self.received += length
-        rx.held += length
-        assert self.handler is not None
-        kept = self.handler.data(payload, now)
-        rx.held -= length - kept
-        if kept:
-            self._charge()
-        if not rx.scheduled:
-            rx.scheduled = True
-            self.stack.ack_later.append(self)
-        return kept > 0
+        if not length:
+            return False
+        kept = self._deliver(packet[payload:end], now)
+        self._acknowledge_later()
+        return kept
 
     def _receive_any(
         self, seq: int, ack: int, bits: int, window: int, packet: memoryview, start: int, end: int, now: float

@@ -136,15 +136,13 @@ class PollerSelector(selectors.BaseSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Deliver the flows' events until there is something for asyncio to do, or its time is over."""
         self.disturbed = False
-        until = math.inf if timeout is None else time.monotonic() + max(timeout, 0.0)
-        wait = self.poller.wait
-        # epoll counts milliseconds, and who wakes up early waits twice.
-        others = wait(-1.0 if timeout is None else math.ceil(max(timeout, 0.0) * 1e3) * 1e-3)
-        while not others and not self.disturbed:
-            left = until - time.monotonic()
-            if left <= 0:
+        left = math.inf if timeout is None else max(timeout, 0.0)
+        until = time.monotonic() + left
+        while True:
+            # epoll counts milliseconds, and who wakes up early waits twice.
+            others = self.poller.wait(-1.0 if timeout is None else math.ceil(left * 1e3) * 1e-3)
+            if others or self.disturbed or (left := until - time.monotonic()) <= 0:
                 break
-            others = wait(-1.0 if timeout is None else math.ceil(left * 1e3) * 1e-3)
         return [(key, mask) for fd, events in others if (key := self._keys.get(fd)) and (mask := _found(key, events))]
 
     def close(self) -> None:
