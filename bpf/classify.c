@@ -26,7 +26,7 @@ BPF_F_TABLE("lpm_trie", struct prefix6, struct decision, prefixes6, MAX_PREFIXES
 BPF_TABLE("lru_hash", u32, struct decision, learned4, MAX_LEARNED);
 BPF_TABLE("lru_hash", struct address6, struct decision, learned6, MAX_LEARNED);
 BPF_TABLE("hash", struct address6, u32, own, MAX_OWN);
-BPF_TABLE("lru_hash", struct address6, u32, clients, MAX_CLIENTS);
+BPF_TABLE("lru_hash", struct address6, struct client, clients, MAX_CLIENTS);
 BPF_PERCPU_ARRAY(counters, struct counter, COUNTERS);
 BPF_PERCPU_ARRAY(rules, struct counter, MAX_RULES + RULE_OFFSET);
 
@@ -130,23 +130,37 @@ static __always_inline bool is_bad_source(struct packet *packet)
 	return packet->source.octets[15] <= 1; /* :: and ::1 */
 }
 
-/* Written only when it differs: an LRU update takes a lock, a lookup does not. */
-static __always_inline void remember_client(struct address6 *source, __u32 ifindex)
+static __always_inline bool is_same(struct client *one, struct client *other)
 {
-	__u32 *known = clients.lookup(source);
+	__u8 different = 0;
 
-	if (!known || *known != ifindex)
-		clients.update(source, &ifindex);
+	for (int i = 0; i < 6; i++)
+		different |= one->mac[i] ^ other->mac[i];
+	return one->ifindex == other->ifindex && !different;
 }
 
-static __always_inline int tunnel(struct __sk_buff *skb, struct packet *packet, __u32 tun_ifindex)
+/* Written only when it differs: an LRU update takes a lock, a lookup does not. */
+static __always_inline void remember_client(struct __sk_buff *skb, struct address6 *source, __u32 link_header)
+{
+	struct client now = {.ifindex = skb->ifindex}, *known;
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+
+	/* Octets 6 to 11 of the Ethernet header, which the kernel keeps in one piece (IEEE 802.3, 3.1.1). */
+	if (link_header && data + ETH_HLEN <= end)
+		__builtin_memcpy(now.mac, data + ETH_ALEN, sizeof(now.mac));
+	known = clients.lookup(source);
+	if (!known || !is_same(known, &now))
+		clients.update(source, &now);
+}
+
+static __always_inline int tunnel(struct __sk_buff *skb, struct packet *packet, __u32 tun_ifindex, __u32 link_header)
 {
 	if (is_bad_source(packet))
 		return drop(DROP_BAD_SOURCE, packet->length);
 	/* A priority tag (VLAN 0) would be written into the middle of the packet by the TUN. */
 	if (skb->vlan_present && bpf_skb_vlan_pop(skb))
 		return drop(DROP_NO_ROOM, packet->length);
-	remember_client(&packet->source, skb->ifindex);
+	remember_client(skb, &packet->source, link_header);
 	count(COUNTER_VERDICT + VERDICT_TUNNEL, packet->length);
 	/* The kernel takes the link-layer header off on the way to a device that has none. */
 	return bpf_redirect(tun_ifindex, 0);
@@ -206,7 +220,7 @@ static __always_inline int classify(struct __sk_buff *skb, __u32 link_header)
 			return drop(DROP_GATEWAY_DEAD, packet.length);
 	}
 	if (verdict == VERDICT_TUNNEL)
-		return tunnel(skb, &packet, setting->tun_ifindex);
+		return tunnel(skb, &packet, setting->tun_ifindex, link_header);
 	return drop(result < 0 ? REASON(result) : DROP_RULE, packet.length);
 }
 
@@ -236,14 +250,15 @@ static __always_inline int find_receiver(struct __sk_buff *skb, struct address6 
 int reply(struct __sk_buff *skb)
 {
 	struct address6 receiver;
-	__u32 *ifindex, length = skb->len, target;
+	struct client *client;
+	__u32 length = skb->len, target;
 
 	if (find_receiver(skb, &receiver))
 		return pass(PASS_TO_HOST, length);
-	ifindex = clients.lookup(&receiver);
-	if (!ifindex)
+	client = clients.lookup(&receiver);
+	if (!client)
 		return pass(PASS_TO_HOST, length);
-	target = *ifindex;
+	target = client->ifindex;
 	/* redirect_neigh drops what has no MAC header, which a packet from a TUN has not: push an empty one. */
 	if (bpf_skb_change_head(skb, ETH_HLEN, 0))
 		return drop(DROP_NO_ROOM, length);

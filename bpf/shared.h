@@ -78,6 +78,13 @@ struct address6 {
 	__u8 octets[16];
 };
 
+/* Where a client's packets come from. mac: of the sender; zeros where the interface has no link-layer header. */
+struct client {
+	__u32 ifindex;
+	__u8 mac[6];
+	__u16 unused;
+};
+
 /* The keys of the tries, as BPF_MAP_TYPE_LPM_TRIE wants them: length in host order, address in network order. */
 struct prefix4 {
 	__u32 length;

@@ -142,7 +142,8 @@ def test_replies_need_no_forwarding_and_care_for_no_forward_policy(world: World,
         assert sender.recvfrom(100)[0] == b"answer"
         assert classifier.counters()["pass_replies"]["packets"] == 1
         clients = next(one["entries"] for one in classifier.snapshot()["maps"] if one["name"] == "clients")
-        assert clients == [{"address": CLIENT4, "ifname": "lan0"}]
+        [address] = world.client.run("cat", "/sys/class/net/eth0/address").stdout.split()
+        assert clients == [{"address": CLIENT4, "ifname": "lan0", "mac": address}]
 
 
 def test_what_ztun_sends_to_no_client_goes_to_the_host(world: World, bpf_backend: str) -> None:

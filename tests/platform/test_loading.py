@@ -164,7 +164,7 @@ def test_descriptors_that_do_not_fit_are_given_back() -> None:
 
 def test_maps_of_another_layout_are_refused() -> None:
     before = open_files()
-    with pytest.raises(ZtunError, match=r"BPF map clients has keys and values of \(16, 4\) bytes, not \(4, 4\)"):
+    with pytest.raises(ZtunError, match=r"BPF map clients has keys and values of \(16, 12\) bytes, not \(4, 4\)"):
         load_now(layout.find_sources(), [], {"clients": (4, 4, "lru_hash")})
     assert open_files() == before
 

@@ -13,7 +13,7 @@ from ztun.errors import ZtunError
 from ztun.platform.linux import layout, links, tables
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.hooks import Hook
-from ztun.platform.linux.layout import COUNTER, DECISION, SETTINGS, U32, U64
+from ztun.platform.linux.layout import CLIENT, COUNTER, DECISION, SETTINGS, U32, U64
 from ztun.platform.linux.loader import Objects
 from ztun.platform.linux.maps import Map, PerCpuCounters
 from ztun.platform.linux.netlink import NetlinkError, explain
@@ -31,7 +31,7 @@ MAPS = {
     "learned4": (4, DECISION.size, "lru_hash"),
     "learned6": (16, DECISION.size, "lru_hash"),
     "own": (16, U32.size, "hash"),
-    "clients": (16, U32.size, "lru_hash"),
+    "clients": (16, CLIENT.size, "lru_hash"),
     "counters": (U32.size, COUNTER.size, "percpu_array"),
     "rules": (U32.size, COUNTER.size, "percpu_array"),
 }
@@ -171,7 +171,7 @@ class BpfClassifier:
     def _forget_clients(self, index: int) -> None:
         """Replies to clients of an interface that is gone: the kernel's routes know better, until a client is heard."""
         table = self._maps["clients"]
-        table.delete_many([key for key, value in table.items() if U32.unpack(value)[0] == index])
+        table.delete_many([key for key, value in table.items() if CLIENT.unpack(value)[0] == index])
 
     def counters(self) -> dict[str, dict[str, int]]:
         """Verdict, drop reason or pass reason (the names of bpf/shared.h) -> {"packets", "bytes"}."""
@@ -247,6 +247,9 @@ class BpfClassifier:
     def _describe_clients(self) -> list[dict[str, Any]]:
         names = dict(socket.if_nameindex())
         found = sorted(self._maps["clients"].items())
-        return [
-            {"address": tables.show_address(key), "ifname": names.get(U32.unpack(value)[0], "")} for key, value in found
-        ]
+        return [{"address": tables.show_address(key), **_describe_client(names, value)} for key, value in found]
+
+
+def _describe_client(names: Mapping[int, str], value: bytes) -> dict[str, Any]:
+    index, mac = CLIENT.unpack(value)
+    return {"ifname": names.get(index, ""), "mac": mac.hex(":") if any(mac) else None}

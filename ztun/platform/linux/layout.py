@@ -10,10 +10,11 @@ from typing import NamedTuple
 import ztun
 from ztun.errors import ZtunError
 
-# struct counter, settings and decision, and the leaf and key types of the maps, in the layout of the BPF target.
+# struct counter, settings, decision and client, and the types of keys and leaves, as the BPF target lays them out.
 COUNTER = struct.Struct("=QQ")
 SETTINGS = struct.Struct("=IIII")
 DECISION = struct.Struct("=IiQ")
+CLIENT = struct.Struct("=I6s2x")
 PREFIX_LENGTH = struct.Struct("=I")
 U32 = struct.Struct("=I")
 U64 = struct.Struct("=Q")
