@@ -4,9 +4,11 @@
  *
  *   capture  tc ingress of each LAN interface: direct -> go on, tunnel -> redirect into the TUN, drop -> drop
  *   reply    tc ingress of the TUN: what ztun writes to a client leaves by the client's interface at once
+ *   xdp      XDP of each LAN interface: drop, for what is blocked and plain; all else is left to capture
  *
  * Maps and entry points are here because bcc rewrites its map syntax in the main file only.
  */
+#include "frame.h"
 #include "parse.h"
 
 /* bcc makes the licence section of it. */
@@ -27,6 +29,10 @@ BPF_TABLE("lru_hash", u32, struct decision, learned4, MAX_LEARNED);
 BPF_TABLE("lru_hash", struct address6, struct decision, learned6, MAX_LEARNED);
 BPF_TABLE("hash", struct address6, u32, own, MAX_OWN);
 BPF_TABLE("lru_hash", struct address6, struct client, clients, MAX_CLIENTS);
+/* What XDP needs besides: the prefixes that are blocked and nothing else, and the interfaces' own MAC addresses. */
+BPF_F_TABLE("lpm_trie", struct prefix4, struct decision, blocked4, MAX_PREFIXES, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("lpm_trie", struct prefix6, struct decision, blocked6, MAX_PREFIXES, BPF_F_NO_PREALLOC);
+BPF_TABLE("hash", u32, struct port, ports, MAX_PORTS);
 BPF_PERCPU_ARRAY(counters, struct counter, COUNTERS);
 BPF_PERCPU_ARRAY(rules, struct counter, MAX_RULES + RULE_OFFSET);
 
@@ -264,4 +270,63 @@ int reply(struct __sk_buff *skb)
 		return drop(DROP_NO_ROOM, length);
 	count(COUNTER_PASS + PASS_REPLIES, length);
 	return redirect_neigh(target, NULL, 0, 0);
+}
+
+/* Nearly every packet ends here, after one look into a small trie. Names that are blocked are no prefixes: tc has them. */
+static __always_inline bool may_be_blocked(struct packet *packet)
+{
+	struct prefix4 prefix4 = {.length = 32, .address = packet->destination4};
+	struct prefix6 prefix6 = {.length = 128, .address = packet->destination};
+
+	return packet->is_ipv4 ? blocked4.lookup(&prefix4) != NULL : blocked6.lookup(&prefix6) != NULL;
+}
+
+/* tc goes by pkt_type, which the kernel finds like this (eth_type_trans() in net/ethernet/eth.c). */
+static __always_inline bool is_to_host(__u32 ifindex, struct ethhdr *ethernet)
+{
+	struct port *port = ports.lookup(&ifindex);
+	__u8 different = 0;
+
+	if (!port)
+		return false;
+	for (int i = 0; i < ETH_ALEN; i++)
+		different |= port->mac[i] ^ ethernet->h_dest[i];
+	return !different;
+}
+
+/* The decision that drops a packet, by the same order as in decide(); NULL: somebody else has to look at it. */
+static __always_inline struct decision *find_block(struct packet *packet, __u32 flags)
+{
+	struct decision *decision;
+
+	if (own.lookup(&packet->destination) || (!packet->is_ipv4 && is_link_local(&packet->destination)))
+		return NULL;
+	if ((flags & SETTING_HIJACK_DNS) && !packet->is_fragment && packet->destination_port == bpf_htons(53))
+		return NULL;
+	decision = packet->is_ipv4 ? find_decision4(packet) : find_decision6(packet);
+	return decision && decision->verdict == VERDICT_DROP ? decision : NULL;
+}
+
+/* There is no mark yet: what has ours comes from this host, and arrives nowhere. */
+int xdp(struct xdp_md *context)
+{
+	void *data = (void *)(long)context->data, *end = (void *)(long)context->data_end;
+	struct packet packet = {};
+	struct decision *decision;
+	struct settings *setting;
+	__u32 index = 0;
+
+	if (data + sizeof(struct ethhdr) > end || !parse_frame(data, end, &packet) || !may_be_blocked(&packet))
+		return XDP_PASS;
+	setting = settings.lookup(&index);
+	if (!setting || !is_to_host(context->ingress_ifindex, data) || gateway_is_dead())
+		return XDP_PASS;
+	decision = find_block(&packet, setting->flags);
+	if (!decision)
+		return XDP_PASS;
+	__sync_fetch_and_add(&decision->hits, 1);
+	count_rule(decision->rule, packet.length);
+	count(COUNTER_XDP, packet.length);
+	drop(DROP_RULE, packet.length);
+	return XDP_DROP;
 }

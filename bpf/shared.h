@@ -38,11 +38,18 @@ enum pass_reason {
 	PASS_REASONS,
 };
 
-/* The index space of the per-CPU map `counters`: verdicts, then drop reasons, then pass reasons. */
+/* How many of drop_rule were dropped before there was an skb. */
+enum xdp_reason {
+	XDP_DROPS,
+	XDP_REASONS,
+};
+
+/* The index space of the per-CPU map `counters`: verdicts, then drop, pass and XDP reasons. */
 #define COUNTER_VERDICT 0
 #define COUNTER_DROP 3
 #define COUNTER_PASS 16
-#define COUNTERS 24
+#define COUNTER_XDP 24
+#define COUNTERS 32
 
 /* Rule r of the configuration counts at index r + RULE_OFFSET: the built-in rules are -1 to -4 (ztun.ports.RULE_*). */
 #define RULE_OFFSET 4
@@ -55,6 +62,7 @@ enum pass_reason {
 #define MAX_LEARNED 65536
 #define MAX_CLIENTS 16384
 #define MAX_OWN 1024
+#define MAX_PORTS 1024
 
 #define SETTING_HIJACK_DNS 1
 #define SETTING_FAIL_CLOSED 2
@@ -81,6 +89,12 @@ struct address6 {
 /* Where a client's packets come from. mac: of the sender; zeros where the interface has no link-layer header. */
 struct client {
 	__u32 ifindex;
+	__u8 mac[6];
+	__u16 unused;
+};
+
+/* An interface, by its index. */
+struct port {
 	__u8 mac[6];
 	__u16 unused;
 };

@@ -2,7 +2,8 @@
 
 libbcc brings a whole compiler, about 110 MB that a process does not get rid of again. So `loader` runs this file, gets
 the descriptors of what was loaded through the socket that is our standard input, and the rest goes with this process.
-Nothing but the standard library and bcc is imported, since ztun need not be on the path of a file that is run.
+Nothing but the standard library, bcc and a file beside it is imported, since ztun need not be on the path of a file
+that is run.
 
 bcc wants a kernel source tree. It gets the small one under bpf/kernel, so that neither /lib/modules nor a
 linux-headers package is needed; what that tree forwards to are the UAPI headers of linux-libc-dev.
@@ -11,17 +12,25 @@ linux-headers package is needed; what that tree forwards to are the UAPI headers
 from __future__ import annotations
 
 import ctypes
+import errno
+import importlib.util
 import json
 import os
 import signal
 import socket
+import struct
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _UAPI = Path("/usr/include")
+# include/uapi/linux/bpf.h.
+_PROG_LOAD = 5
+_PROG_TYPE_XDP = 6
+_F_XDP_HAS_FRAGS = 1 << 5
+_INSTRUCTION_SIZE = 8
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LONGEST_ERROR = 1000
 
@@ -30,20 +39,30 @@ class MissingError(Exception):
     """Something must be installed first. The message is all that is to be told."""
 
 
-def main(request: str) -> None:
-    """Answer one request: JSON with "directory", and the names of the "programs" and "maps" that are wanted.
+class Loaded(NamedTuple):
+    """Descriptors by name, which belong to bcc; refused: XDP program -> why there is none."""
 
-    The answer is one message on standard input: JSON with the same lists of names, and with it (SCM_RIGHTS, unix(7))
-    the descriptors in that order; or {"missing": what to install}, or {"error": what bcc raised}. What the compiler
-    and the verifier say goes to standard error.
+    programs: dict[str, int]
+    maps: dict[str, int]
+    refused: dict[str, str]
+
+
+def main(request: str) -> None:
+    """Answer one request: JSON with "directory", and the names of the "programs" and "maps" that are wanted; "xdp" has
+    a name for each XDP program besides, under which the kernel is to show it.
+
+    The answer is one message on standard input: JSON with lists of the names that there are and with "refused", what
+    the kernel said of XDP programs, and with it (SCM_RIGHTS, unix(7)) the descriptors in that order; or {"missing":
+    what to install}, or {"error": what bcc raised}. What the compiler and the verifier say goes to standard error.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     wanted = json.loads(request)
     with socket.socket(fileno=0) as asking:
         try:
-            programs, maps = load(Path(wanted["directory"]), wanted["programs"], wanted["maps"])
-            answer = {"programs": list(programs), "maps": list(maps)}
-            socket.send_fds(asking, [json.dumps(answer).encode()], [*programs.values(), *maps.values()])
+            loaded = load(Path(wanted["directory"]), wanted["programs"], wanted["maps"], wanted["xdp"])
+            answer = {"programs": list(loaded.programs), "maps": list(loaded.maps), "refused": loaded.refused}
+            descriptors = [*loaded.programs.values(), *loaded.maps.values()]
+            socket.send_fds(asking, [json.dumps(answer).encode()], descriptors)
         except MissingError as missing:
             asking.send(json.dumps({"missing": str(missing)}).encode())
         except Exception as error:  # bcc raises nothing more exact
@@ -52,20 +71,61 @@ def main(request: str) -> None:
     os._exit(0)  # a compiler that is taken apart in order takes its time
 
 
-def load(directory: Path, programs: Sequence[str], maps: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """Compile `directory`/classify.c and load it: the descriptors of `programs` and of `maps`, by name.
+def load(directory: Path, programs: Sequence[str], maps: Sequence[str], xdp: Mapping[str, str]) -> Loaded:
+    """Compile `directory`/classify.c and load `programs` for tc, and those of `xdp` where the kernel takes them.
 
-    They belong to bcc. Raises MissingError, or whatever bcc raises.
+    Raises MissingError, or whatever bcc raises.
     """
     factory = _import_bcc()
     if not (_UAPI / "linux" / "ip.h").is_file():
         raise MissingError(f"{_UAPI}/linux is missing: install linux-libc-dev")
     os.environ["BCC_KERNEL_SOURCE"] = str(directory / "kernel")
     module = factory(src_file=os.fsencode(directory / "classify.c"), cflags=_flags(directory))
-    return (
+    loaded = Loaded(
         {name: module.load_func(name.encode(), factory.SCHED_CLS).fd for name in programs},
         {name: module.get_table(name.encode()).map_fd for name in maps},
+        {},
     )
+    for name, shown in xdp.items():
+        try:
+            loaded.programs[name] = _load_xdp(module.dump_func(name.encode()), shown)
+        except OSError as error:
+            loaded.refused[name] = error.strerror or str(error)
+    return loaded
+
+
+def _load_xdp(instructions: bytes, shown: str) -> int:
+    """Load an XDP program, for frames in pieces where the kernel has them (Linux 5.18), which bcc cannot ask for.
+
+    Raises OSError.
+    """
+    held, licence = ctypes.create_string_buffer(instructions, len(instructions)), ctypes.create_string_buffer(b"GPL")
+    where = ctypes.addressof(held), ctypes.addressof(licence)
+    count = len(instructions) // _INSTRUCTION_SIZE
+    bpfcall = _import_beside("bpfcall")
+
+    def try_with(flags: int) -> int:
+        # type, count, instructions, licence, the verifier's log (level, size, buffer), version, flags, name
+        front = struct.pack("=IIQQIIQII", _PROG_TYPE_XDP, count, *where, 0, 0, 0, 0, flags)
+        attr = ctypes.create_string_buffer(front + struct.pack("=16s", shown.encode()), 128)
+        return int(bpfcall.bpf(_PROG_LOAD, attr))
+
+    try:
+        return try_with(_F_XDP_HAS_FRAGS)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return try_with(0)
+
+
+def _import_beside(name: str) -> Any:
+    """A module of this directory that imports nothing of ztun either."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _import_bcc() -> Any:

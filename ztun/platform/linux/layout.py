@@ -10,15 +10,18 @@ from typing import NamedTuple
 import ztun
 from ztun.errors import ZtunError
 
-# struct counter, settings, decision and client, and the types of keys and leaves, as the BPF target lays them out.
+# The structs of the same names, and the types of keys and leaves, as the BPF target lays them out.
 COUNTER = struct.Struct("=QQ")
 SETTINGS = struct.Struct("=IIII")
 DECISION = struct.Struct("=IiQ")
 CLIENT = struct.Struct("=I6s2x")
+PORT = struct.Struct("=6s2x")
 PREFIX_LENGTH = struct.Struct("=I")
 U32 = struct.Struct("=I")
 U64 = struct.Struct("=Q")
 
+# enum -> the constant COUNTER_… where it starts.
+_COUNTED = {"verdict": "VERDICT", "drop_reason": "DROP", "pass_reason": "PASS", "xdp_reason": "XDP"}
 _ENUM = re.compile(r"^enum (\w+) \{(.*?)^\};", re.MULTILINE | re.DOTALL)
 _ENUMERATOR = re.compile(r"^\s*([A-Z]\w+),", re.MULTILINE)
 _CONSTANT = re.compile(r"^#define (\w+) (-?\d+)$", re.MULTILINE)
@@ -33,7 +36,7 @@ class Shared(NamedTuple):
     def counter_names(self) -> dict[int, str]:
         """Index in the map `counters` -> the name it is shown under, e.g. "direct" or "drop_truncated"."""
         names = {}
-        for enum, start in (("verdict", "VERDICT"), ("drop_reason", "DROP"), ("pass_reason", "PASS")):
+        for enum, start in _COUNTED.items():
             for position, enumerator in enumerate(self.enums[enum]):
                 name = enumerator.lower().removeprefix("verdict_")
                 names[self.constants[f"COUNTER_{start}"] + position] = name

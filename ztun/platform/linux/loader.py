@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, NamedTuple
 
 from ztun.errors import ZtunError
@@ -26,10 +27,14 @@ _FAILED = "BPF programs not loaded"
 
 
 class Objects(NamedTuple):
-    """Descriptors of loaded programs and their maps, by name. They are the caller's to close."""
+    """Descriptors of loaded programs and their maps, by name. They are the caller's to close.
+
+    refused: XDP program -> why the kernel did not take it.
+    """
 
     programs: dict[str, int]
     maps: dict[str, int]
+    refused: Mapping[str, str] = MappingProxyType({})
 
     def close(self) -> None:
         for fd in (*self.programs.values(), *self.maps.values()):
@@ -38,13 +43,20 @@ class Objects(NamedTuple):
         self.maps.clear()
 
 
-async def load(directory: Path, programs: Iterable[str], maps: Mapping[str, tuple[int, int, str]]) -> Objects:
+async def load(
+    directory: Path,
+    programs: Iterable[str],
+    maps: Mapping[str, tuple[int, int, str]],
+    xdp: Mapping[str, str] = MappingProxyType({}),
+) -> Objects:
     """Compile classify.c of `directory` (absolute) and load `programs` into the kernel. Takes about half a second.
 
+    xdp: XDP program -> the name by which the kernel is to show it, 15 letters at most. Those may be missing then.
     maps: name -> (key size, value size in bytes, kind) of those that are wanted. Raises ZtunError with the compiler's
     or the verifier's first complaint, or with how their process ended. When it is cancelled, that process is killed.
     """
-    request = json.dumps({"directory": str(directory), "programs": list(programs), "maps": list(maps)})
+    wanted = {"directory": str(directory), "programs": list(programs), "maps": list(maps), "xdp": dict(xdp)}
+    request = json.dumps(wanted)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # Not a pipe, which a talkative compiler could fill, and no file that somebody would have to remove.
     with ours, os.fdopen(os.memfd_create("ztun-bpf"), "w+b") as said:
@@ -121,7 +133,9 @@ def _name(answer: Mapping[str, Any], descriptors: Sequence[int]) -> Objects | No
             os.close(fd)
         raise ZtunError(f"{_FAILED}: too few file descriptors are left; raise the limit (ulimit -n)")
     passed = iter(descriptors)
-    return Objects({name: next(passed) for name in programs}, {name: next(passed) for name in maps})
+    return Objects(
+        {name: next(passed) for name in programs}, {name: next(passed) for name in maps}, answer.get("refused", {})
+    )
 
 
 def _require_sizes(objects: Objects, maps: Mapping[str, tuple[int, int, str]]) -> None:
