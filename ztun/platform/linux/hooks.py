@@ -20,7 +20,7 @@ class Hook(Protocol):
     """A program attached to an interface."""
 
     def describe(self) -> dict[str, Any]:
-        """{"name", "hook", "ifname", "id"} as `ztun routes --json` prints it."""
+        """{"name", "hook", "ifname", "id", "tag"} as `ztun routes --json` prints it."""
         ...
 
     def close(self) -> None:
@@ -32,7 +32,7 @@ class TcxHook:
     """A TCX link (Linux 6.6): gone when its descriptor is closed, however the process ends."""
 
     def __init__(self, name: str, program: int, ifname: str) -> None:
-        self._about = {"name": name, "hook": "tcx/ingress", "ifname": ifname, "id": bpfcall.program_id(program)}
+        self._about = _about(name, "tcx/ingress", ifname, program)
         self._link = bpfcall.create_tcx_link(program, socket.if_nametoindex(ifname))
 
     def describe(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class ClsactHook:
     """
 
     def __init__(self, name: str, program: int, ifname: str, device: str) -> None:
-        self._about = {"name": name, "hook": "clsact/ingress", "ifname": ifname, "id": bpfcall.program_id(program)}
+        self._about = _about(name, "clsact/ingress", ifname, program)
         self._index = socket.if_nametoindex(ifname)
         self._is_attached = True
         netlink.run(lambda ip: self._attach(ip, program, f"ztun:{device}:{name}"))
@@ -85,6 +85,11 @@ class ClsactHook:
             if links.name_of(self._index) is None:
                 return  # the filter went with its interface
             netlink.run(lambda ip: remove_filters(ip, self._index))
+
+
+def _about(name: str, hook: str, ifname: str, program: int) -> dict[str, Any]:
+    info = bpfcall.program_info(program)
+    return {"name": name, "hook": hook, "ifname": ifname, "id": info.id, "tag": info.tag}
 
 
 def find_filters(ip: Any, index: int) -> list[str]:

@@ -69,7 +69,7 @@ class TunRoutes:
         """
         if not self._is_up:
             return {"routes": [], "ip_rules": []}
-        return {"routes": netlink.run(self._list), "ip_rules": netlink.run(_list_rules)}
+        return {"routes": netlink.run(self._list), "ip_rules": netlink.run(list_rules)}
 
     def _set_up(self) -> None:
         try:
@@ -153,7 +153,8 @@ class TunRoutes:
         return found
 
 
-def _list_rules(ip: Any) -> list[dict[str, Any]]:
+def list_rules(ip: Any) -> list[dict[str, Any]]:
+    """Every ip rule with our tag, as `snapshot` gives them."""
     found = []
     for family in (socket.AF_INET, socket.AF_INET6):
         for rule in ip.get_rules(family=family):
