@@ -15,11 +15,11 @@ from typing import Any
 
 import structlog
 
-from ztun import machine, making, platform
+from ztun import machine, making, platform, privileges, readiness
 from ztun.assembly import Assembly
 from ztun.config import Settings
 from ztun.control.lock import InstanceLock
-from ztun.control.notify import notify
+from ztun.control.notify import notify, reload
 from ztun.control.server import ControlServer
 from ztun.errors import ZtunError
 from ztun.gateway.dns import DnsOptions, DnsService
@@ -54,9 +54,10 @@ async def run(settings: Settings, announce: Announce) -> int:
     """
     machine.require_supported(settings)
     machine.require_privilege()
+    privileges.forbid_new()
     machine.allow_many_sockets()
     asyncio.get_running_loop().set_exception_handler(_log_loop_error)
-    stop = StopRequest(log_system.reopen)
+    stop = StopRequest(lambda: reload(log_system.reopen))
     with stop.signals():
         async with AsyncExitStack() as stack:
             log_system.attach(asyncio.get_running_loop())
@@ -65,7 +66,10 @@ async def run(settings: Settings, announce: Announce) -> int:
             instance = Instance(settings, stop, undo)
             if await unless(stop.asked, instance.start()) is not None:
                 announce(instance.report.summary())
-                notify(f"READY=1\nMAINPID={os.getpid()}\nSTATUS=running")
+                notify(f"READY=1\nMAINPID={os.getpid()}")
+                pulse = readiness.make_pulse(instance.parts)
+                undo.push("the pulse", pulse.stop)
+                pulse.start()
                 gc.collect()
                 gc.freeze()  # what is here now stays: later collections need not look at it
                 gc.set_threshold(*_COLLECT)
@@ -109,6 +113,7 @@ class Instance:
         await asyncio.sleep(0)
         self._capture()
         await self._keep_up(monitor)
+        await readiness.give_up_privileges(self.parts)
         self.parts.state = "running"
         return True
 

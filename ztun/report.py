@@ -6,7 +6,7 @@ import os
 import time
 from typing import Any
 
-from ztun import __version__
+from ztun import __version__, privileges
 from ztun.assembly import Assembly
 from ztun.describe import describe_rules
 from ztun.log.system import log_system
@@ -50,6 +50,7 @@ class Report:
             **self._describe_backend(),
             **statistics,
             "log": log_system.statistics(),
+            "privileges": privileges.describe(),
             **({"network": parts.keeper.describe()} if parts.keeper is not None else {}),
         }
 
