@@ -235,13 +235,13 @@ class RoutesClassifier:
         return {"tunnel": {"packets": statistics["tx_packets"], "bytes": statistics["tx_bytes"]}}
 
     def snapshot(self) -> dict[str, Any]:
-        """No programs; one map, the table. Its ip rules are in TunRoutes.snapshot()."""
+        """No programs; one map, the table; the sysctls that were changed. Its ip rules are in TunRoutes.snapshot()."""
         entries = [
             {"prefix": f"{show_address(network)}/{length}", "verdict": entry.verdict.name.lower(), "rule": entry.rule}
             for (network, length), entry in sorted(self._installed.items())
         ]
         table = {"name": f"table {table_of(self._capture.device)}", "type": "routes", "entries": entries}
-        return {"programs": [], "maps": [table]}
+        return {"programs": [], "maps": [table], "sysctls": self._sysctls.describe()}
 
     def close(self) -> None:
         """Remove rules and routes and put the sysctls back. Idempotent."""

@@ -40,6 +40,7 @@ class TunRoutes:
         self._ranges: list[Network] = [ip_network(network) for network in ranges]
         self._is_up = False
         self._prepared = 0  # the index of the device that multicast was taken from
+        self._sysctls = sysctl.Sysctls()
 
     def up(self) -> None:
         """Set the link up with addresses and routes. Raises ZtunError naming what the kernel refused."""
@@ -63,13 +64,14 @@ class TunRoutes:
             log.warning("device not taken down", device=self._device, error=netlink.explain(error))
 
     def snapshot(self) -> dict[str, Any]:
-        """{"routes": [{"destination", "device", "protocol"}], "ip_rules": [{"priority", "iif", "table", …}]}.
+        """{"routes": [{"destination", "device", "protocol"}], "ip_rules": [{"priority", "iif", "table", …}], "sysctls"}.
 
-        The ip rules are those of the routes backend; with BPF there are none.
+        The ip rules are those of the routes backend; with BPF there are none. The sysctls are those of the device.
         """
         if not self._is_up:
-            return {"routes": [], "ip_rules": []}
-        return {"routes": netlink.run(self._list), "ip_rules": netlink.run(list_rules)}
+            return {"routes": [], "ip_rules": [], "sysctls": []}
+        routes, rules = netlink.run(lambda ip: (self._list(ip), list_rules(ip)))
+        return {"routes": routes, "ip_rules": rules, "sysctls": self._sysctls.describe()}
 
     def _set_up(self) -> None:
         try:
@@ -84,7 +86,7 @@ class TunRoutes:
             raise ZtunError(f"cannot set up {self._device}: {what}") from error
 
     def _set_sysctls(self) -> None:
-        settings = sysctl.Sysctls()
+        settings = self._sysctls
         # A packet from the TUN has the address of a server that is reached elsewhere. The higher of `all` and the
         # interface holds, and loose is 2, strict 1 (Documentation/networking/ip-sysctl.rst).
         loosest = "0" if sysctl.read("ipv4/conf/all/rp_filter") == "0" else "2"

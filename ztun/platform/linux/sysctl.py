@@ -55,6 +55,11 @@ class Sysctls:
         keys = dict.fromkeys(key for key, _ in self._before)
         return [f"{key.replace('/', '.')} = {read(key)}" for key in keys]
 
+    def describe(self) -> list[dict[str, str | None]]:
+        """[{"key", "before", "now"}], keys as sysctl(8) writes them."""
+        first = dict(reversed(self._before))  # what was there before our first change
+        return [{"key": key.replace("/", "."), "before": first[key], "now": read(key)} for key in reversed(first)]
+
     def restore(self) -> None:
         while self._before:
             _write(*self._before.pop())
