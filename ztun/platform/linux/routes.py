@@ -64,7 +64,7 @@ class TunRoutes:
             log.warning("device not taken down", device=self._device, error=netlink.explain(error))
 
     def snapshot(self) -> dict[str, Any]:
-        """{"routes": [{"destination", "device", "protocol"}], "ip_rules": [{"priority", "iif", "table", …}], "sysctls"}.
+        """{"routes": [{"destination", "device", "protocol"}], "ip_rules": [{"priority", "table", …}], "sysctls": …}.
 
         The ip rules are those of the routes backend; with BPF there are none. The sysctls are those of the device.
         """
