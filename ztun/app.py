@@ -201,6 +201,7 @@ class Instance:
             dns=dns,
             outbounds=parts.outbounds,
             options=making.gateway_options(self.settings),
+            origins=parts.origin,
         )
         gateway.engine.device_lost = DeviceRevival(parts, self._give_up).device_lost
         self._undo.push("the flows", gateway.stop)

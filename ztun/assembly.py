@@ -13,7 +13,7 @@ from ztun.gateway.gateway import Gateway
 from ztun.names.pool import FakeIpPool
 from ztun.network import NetworkKeeper
 from ztun.placement import Listening, Placement
-from ztun.ports import Classifier, Outbound, PacketDevice, Routes
+from ztun.ports import Classifier, Origin, Outbound, PacketDevice, Routes
 
 T = TypeVar("T")
 
@@ -51,6 +51,10 @@ class Assembly:
     def require_classifier(self) -> Classifier:
         """The classifier. Raises ZtunError when there is none yet, or none any more."""
         return self._require(self.classifier)
+
+    def origin(self, address: bytes) -> Origin | None:
+        """Where packets of a client come in: see Classifier.origin."""
+        return self.classifier.origin(address) if self.classifier is not None else None
 
     def require_routes(self) -> Routes:
         """Addresses and routes. Raises ZtunError when there are none yet."""

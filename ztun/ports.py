@@ -44,6 +44,13 @@ RULE_FAKE_IP = -3  # the Fake-IP ranges
 RULE_DNS = -4  # dns.hijack
 
 
+class Origin(NamedTuple):
+    """Where a client's packets come in. mac: 6 bytes, None on interfaces without a link layer (WireGuard, PPP)."""
+
+    interface: str
+    mac: bytes | None
+
+
 class PacketDevice(Protocol):
     """A layer-3 device that speaks IP packets with a 10-byte virtio_net_hdr in front (linux/virtio_net.h).
 
@@ -109,6 +116,10 @@ class Classifier(Protocol):
 
     def heartbeat(self) -> None:
         """Say that the gateway is alive. Called at least four times a second."""
+        ...
+
+    def origin(self, address: bytes) -> Origin | None:
+        """Where packets of this client (packed) came in last; None when that is not known, as for this host's own."""
         ...
 
     def counters(self) -> dict[str, dict[str, int]]:

@@ -192,6 +192,19 @@ def test_ranges_of_ports_and_sources_reach_the_rules() -> None:
     assert rules.decide(FlowInfo("udp", inside, bytes([192, 0, 2, 1]), None, 81)).outbound == "direct"
 
 
+@pytest.mark.parametrize("written", ["52-54-00-12-AB-56", "5254.0012.ab56", ["52:54:00:12:ab:56"]])
+def test_mac_addresses_in_their_usual_spellings_reach_the_rules(written: str | list[str]) -> None:
+    rules = to_rules(parse({"route": {"rules": [{"source_mac": written, "interface": "eth1", "outbound": "block"}]}}))
+    (rule,) = rules.rules
+    assert rule.source_mac == (bytes.fromhex("52540012ab56"),)
+    assert rule.interface == ("eth1",)
+
+
+def test_an_interface_may_be_given_on_the_command_line_only() -> None:
+    written = {"route": {"rules": [{"interface": "eth1", "outbound": "block"}]}}
+    assert parse(written).route.rules[0].interface == ("eth1",)
+
+
 @pytest.mark.parametrize(
     ("size", "expected"),
     [

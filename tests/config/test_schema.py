@@ -28,7 +28,7 @@ BEYOND_A_SCHEMA = (
     "ports go from", "is not an address", "runs backwards", "is not a domain name", "is given without",
     "(RFC 7617", "(RFC 1929", "no outbound has the tag", "not everything can go", "needs a database", "ICMP has no",
     "never match together", "no name of `domain`", "107 bytes", "multicast", "a path goes with", "brackets",
-    "10 potatoes", "1kB", "carries no datagrams",
+    "10 potatoes", "1kB", "carries no datagrams", "is not captured", "no client's address",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from ztun.gateway.routing import Router, UnmappedError
 from ztun.names.pool import FakeIpPool
-from ztun.ports import RULE_DEFAULT, DatagramHandler, DatagramLink, Destination, OutboundError
+from ztun.ports import RULE_DEFAULT, DatagramHandler, DatagramLink, Destination, Origin, OutboundError
 from ztun.rules import Rule, Rules
 
 CLIENT = ip_address("10.0.0.7").packed
@@ -90,3 +90,28 @@ def test_the_address_of_a_direct_name_stays_direct_where_only_some_ports_are_not
     router.remember(address, 1)
     assert router.route("tcp", CLIENT, address, 443).outbound is DIRECT
     assert router.route("tcp", CLIENT, address, 80).outbound is WEB
+
+
+def test_where_a_client_is_gets_asked_only_by_rules_that_need_it(names: FakeIpPool) -> None:
+    asked: list[bytes] = []
+    place = Origin("guest", None)
+
+    def origin(address: bytes) -> Origin | None:
+        asked.append(address)
+        return place
+
+    ways = {way.tag: way for way in (OFFICE, WEB, DIRECT)}
+    router = Router(Rules([], "office"), names, ways, hijack_dns=True, origins=origin)
+    assert router.route("tcp", CLIENT, packed("192.0.2.1"), 80).outbound is OFFICE
+    assert asked == []
+    router.replace_rules(Rules([Rule("web", interface=("guest",))], "office"))
+    assert router.route("tcp", CLIENT, packed("192.0.2.1"), 80).outbound is WEB
+    assert asked == [CLIENT]
+    place = Origin("lan0", None)  # it moved
+    assert router.route("tcp", CLIENT, packed("192.0.2.1"), 80).outbound is OFFICE
+
+
+def test_other_rules_decide_anew_about_what_was_decided_before(router: Router) -> None:
+    assert router.route("tcp", CLIENT, packed("192.0.2.1"), 443).outbound is OFFICE
+    router.replace_rules(Rules([], "web"))
+    assert router.route("tcp", CLIENT, packed("192.0.2.1"), 443).outbound is WEB

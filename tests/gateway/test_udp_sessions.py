@@ -132,13 +132,13 @@ async def test_the_next_datagram_opens_another_link_for_the_same_session() -> No
         it.links[0].die()
         await asyncio.sleep(0.05)
         assert len(it.asked) == 1  # nobody sends, so nobody needs one
-        assert [flow["state"] for flow in it.relay.describe(0.0)] == ["waiting"]
+        assert [flow["state"] for _, flow in it.relay.describe(0.0)] == ["waiting"]
         it.client_says(b"second", b"third")
-        assert [flow["state"] for flow in it.relay.describe(0.0)] == ["dialling"]
+        assert [flow["state"] for _, flow in it.relay.describe(0.0)] == ["dialling"]
         await it.until(lambda: len(it.links) == 2 and it.links[1].sent)
         it.client_says(b"fourth")
         assert it.links[1].sent == [b"second", b"third", b"fourth"]
-        assert [flow["state"] for flow in it.relay.describe(0.0)] == ["open"]
+        assert [flow["state"] for _, flow in it.relay.describe(0.0)] == ["open"]
         assert (len(it.relay), it.relay.total, it.relay.rebuilt) == (1, 1, 1)
         assert it.errors() == []
 

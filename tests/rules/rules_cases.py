@@ -8,6 +8,7 @@ from ipaddress import IPv4Network, IPv6Network
 
 from hypothesis import strategies as st
 
+from ztun.ports import Origin
 from ztun.rules import FlowInfo, Network, Rule, Surroundings
 
 OUTBOUNDS = st.sampled_from(["direct", "block", "office", "web", "dns"])
@@ -15,6 +16,10 @@ NAMES = st.lists(st.sampled_from(["a", "b", "corp", "xcorp", "example", "tele"])
 PROTOCOLS = st.sampled_from(["tcp", "udp", "icmp"])
 PORTS = st.sampled_from([1, 22, 53, 80, 81, 443, 8000, 8999, 65535])
 COUNTRIES = ("de", "fr")
+MACS = st.sampled_from([bytes.fromhex("525400000001"), bytes.fromhex("525400000002")])
+INTERFACES = st.sampled_from(["lan0", "lan1", "wg0"])
+ORIGINS = st.none() | st.builds(Origin, INTERFACES, st.none() | MACS)
+CONDITIONS = ["ports", "protocols", "source_cidr", "source_mac", "interface"]
 
 
 @dataclass
@@ -75,11 +80,13 @@ def rule(draw: st.DrawFn, networks: st.SearchStrategy[Network]) -> Rule:
             st.sets(st.sampled_from(["domain", "domain_suffix", "domain_keyword"]), min_size=1, max_size=2)
         ):
             given[condition] = some(NAMES)
-    for condition in draw(st.sets(st.sampled_from(["ports", "protocols", "source_cidr"]), max_size=1)):
+    for condition in draw(st.sets(st.sampled_from(CONDITIONS), max_size=2)):
         given[condition] = {
             "ports": lambda: some(st.tuples(PORTS, PORTS).map(sorted).map(tuple)),
             "protocols": lambda: some(PROTOCOLS, 2),
             "source_cidr": lambda: some(networks),
+            "source_mac": lambda: some(MACS, 2),
+            "interface": lambda: some(INTERFACES, 2),
         }[condition]()
     return Rule(draw(OUTBOUNDS), priority=draw(st.sampled_from([0, 0, 0, -1, 1])), **given)
 
@@ -118,4 +125,5 @@ def flows(draw: st.DrawFn, world: World) -> FlowInfo:
         None if by_name else draw(addresses(world)),
         draw(NAMES) if by_name else None,
         0 if protocol == "icmp" else draw(PORTS),
+        draw(ORIGINS),
     )

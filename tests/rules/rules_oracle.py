@@ -52,6 +52,10 @@ def other_parts(rule: Rule, flow: FlowInfo) -> bool:
         return False
     if rule.ports and (flow.protocol == "icmp" or not any(a <= flow.port <= b for a, b in rule.ports)):
         return False
+    if rule.source_mac and (flow.origin is None or flow.origin.mac not in rule.source_mac):
+        return False
+    if rule.interface and (flow.origin is None or flow.origin.interface not in rule.interface):
+        return False
     return not rule.source_cidr or covered(flow.source, rule.source_cidr)
 
 
@@ -76,7 +80,7 @@ def law(candidates: Sequence[Rule], last: Verdict) -> Verdict:
     verdicts = []
     for rule in candidates:
         verdicts.append(verdict_of(rule.outbound))
-        if not (rule.ports or rule.protocols or rule.source_cidr):
+        if not (rule.ports or rule.protocols or rule.source_cidr or rule.source_mac or rule.interface):
             break
     else:
         verdicts.append(last)

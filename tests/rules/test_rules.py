@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ztun.ports import RULE_BUILTIN, RULE_DEFAULT, RULE_FAKE_IP, Verdict
+from ztun.ports import RULE_BUILTIN, RULE_DEFAULT, RULE_FAKE_IP, Origin, Verdict
 from ztun.rules import (
     BUILTIN_DIRECT,
     Decision,
@@ -121,6 +121,40 @@ def test_the_source_counts_in_its_own_family() -> None:
     assert rules.decide(to("a", source="10.0.0.7")).outbound == "block"
     assert rules.decide(to("a", source="10.0.0.8")).outbound == "direct"
     assert rules.decide(to("a", source="2001:db8::1")).outbound == "block"
+
+
+def test_where_a_client_is_counts_where_it_is_known() -> None:
+    phone, printer = bytes.fromhex("525400000001"), bytes.fromhex("525400000002")
+    rules = Rules(
+        [
+            Rule("block", source_mac=(phone,), interface=("guest",)),
+            Rule("office", source_mac=(phone,)),
+            Rule("web", interface=("guest", "wg0")),
+        ]
+    )
+    assert rules.asks_origin
+    assert not Rules([Rule("web", source_cidr=nets("10.0.0.0/8"))]).asks_origin
+
+    def by(origin: Origin | None) -> str:
+        return rules.decide(to("192.0.2.1")._replace(origin=origin)).outbound
+
+    assert by(Origin("guest", phone)) == "block"
+    assert by(Origin("lan0", phone)) == "office"
+    assert by(Origin("guest", printer)) == "web"
+    assert by(Origin("wg0", None)) == "web"  # no link layer, no MAC address
+    assert by(Origin("lan0", printer)) == "direct"
+    assert by(None) == "direct"
+
+
+def test_what_only_some_clients_get_is_decided_behind_the_tunnel() -> None:
+    rules = Rules(
+        [
+            Rule("block", ip_cidr=nets("192.0.2.0/24"), interface=("guest",)),
+            Rule("direct", ip_cidr=nets("198.51.100.0/24"), source_mac=(bytes(6),)),
+        ],
+        "direct",
+    )
+    assert table(rules) == {"0.0.0.0/0": ("DIRECT", RULE_DEFAULT), "192.0.2.0/24": ("TUNNEL", 0)}
 
 
 def test_a_country_is_looked_up_in_any_case() -> None:

@@ -52,6 +52,7 @@ def show_flows(flows: list[dict[str, Any]]) -> None:
         {
             "": flow["protocol"],
             "client": flow["client"],
+            "from": _say_origin(flow),
             "destination": flow["destination"],
             "by": flow["outbound"],
             "state": flow["state"],
@@ -62,6 +63,11 @@ def show_flows(flows: list[dict[str, Any]]) -> None:
         for flow in flows
     ]
     console.print(table(rows, numbers=["up", "down", "for"]))
+
+
+def _say_origin(flow: Mapping[str, Any]) -> str:
+    """The interface, and the MAC address where there is one."""
+    return " ".join(flow[key] for key in ("interface", "mac") if flow.get(key))
 
 
 def _first_line(status: Mapping[str, Any]) -> Text:

@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 _NAME_CONDITIONS = ("domain", "domain_suffix", "domain_keyword")
 _ADDRESS_CONDITIONS = ("ip_cidr", "geoip")
-_CONDITIONS = (*_NAME_CONDITIONS, *_ADDRESS_CONDITIONS, "port", "protocol", "source_cidr")
+_CONDITIONS = (*_NAME_CONDITIONS, *_ADDRESS_CONDITIONS, "port", "protocol", "source_cidr", "source_mac", "interface")
 
 
 def check_document(document: dict[str, Any]) -> Iterator[Problem]:
@@ -34,6 +34,7 @@ def check_document(document: dict[str, Any]) -> Iterator[Problem]:
     for index, rule in enumerate(_get(document, list, "route", "rules")):
         if isinstance(rule, dict):
             yield from _check_rule(("route", "rules", index), rule)
+            yield from _check_captured(("route", "rules", index, "interface"), rule, document)
     yield from _check_geoip(document)
     yield from _check_fake_ranges(document)
     yield from _check_mtu(document)
@@ -139,6 +140,15 @@ def _check_rule(location: Location, rule: dict[str, Any]) -> Iterator[Problem]:
         yield Problem((*location, "port"), "ICMP has no ports; leave the port out, or name tcp or udp")
     if "domain" in rule and len(on_name) > 1:
         yield from _check_names(location, rule)
+
+
+def _check_captured(location: Location, rule: dict[str, Any], document: dict[str, Any]) -> Iterator[Problem]:
+    """The interfaces may be given on the command line only, so that none in the file is no mistake."""
+    lan = _get(document, list, "capture", "lan")
+    for name in _list(rule, "interface") if lan else ():
+        if _parsed(values.parse_interface_name, {"": name}, "", None) is not None and name not in lan:
+            known = ", ".join(str(one) for one in lan)
+            yield Problem(location, f"{values.describe(name)} is not captured; use one of capture.lan: {known}")
 
 
 def _check_names(location: Location, rule: dict[str, Any]) -> Iterator[Problem]:

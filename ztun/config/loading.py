@@ -63,6 +63,8 @@ def _to_rule(rule: RuleSettings) -> Rule:
         ports=rule.port,
         protocols=rule.protocol,
         source_cidr=rule.source_cidr,
+        source_mac=tuple(bytes.fromhex(address.replace(":", "")) for address in rule.source_mac),
+        interface=rule.interface,
         priority=rule.priority,
     )
 

@@ -25,6 +25,7 @@ from ztun.config import patterns, values
 from ztun.config.values import Network, split_endpoint
 
 InterfaceName = Annotated[str, PlainValidator(values.parse_interface_name), patterns.INTERFACE]
+Mac = Annotated[str, PlainValidator(values.parse_mac), patterns.MAC]
 Listen = Annotated[str, PlainValidator(values.parse_listen), patterns.LISTEN]
 DnsServer = Annotated[str, PlainValidator(values.parse_dns_server), patterns.DNS_SERVER]
 Cidr = Annotated[Network, PlainValidator(values.parse_network), patterns.NETWORK]
@@ -128,6 +129,8 @@ class RuleSettings(Section):
     port: Annotated[tuple[Ports, ...], *_ONE_OR_MORE] = ()
     protocol: Annotated[tuple[Literal["tcp", "udp", "icmp"], ...], *_ONE_OR_MORE] = ()
     source_cidr: Annotated[tuple[Cidr, ...], *_ONE_OR_MORE] = ()
+    source_mac: Annotated[tuple[Mac, ...], *_ONE_OR_MORE] = ()
+    interface: Annotated[tuple[InterfaceName, ...], *_ONE_OR_MORE] = ()
     priority: Whole = 0
     outbound: Tag
 

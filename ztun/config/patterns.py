@@ -17,6 +17,7 @@ def _text(pattern: str, *examples: str) -> WithJsonSchema:
 INTERFACE = _text(r"^[^\s/:]{1,15}$", "eth1")
 LISTEN = _text(r"^(\[[^\]]+\]|[0-9.]+):[0-9]{1,5}$", "10.0.0.1:53", "[2001:db8::1]:53")
 DNS_SERVER = _text(r"^(udp|tcp|tls|https)://[^\s?#@]+$", "udp://9.9.9.9", "https://dns.example/dns-query")
+MAC = _text(r"^([0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}|[0-9a-fA-F]{4}(\.[0-9a-fA-F]{4}){2})$", "52:54:00:12:34:56")
 NETWORK = _text(r"^[0-9a-fA-F:.]+(/[0-9]{1,3})?$", "192.0.2.0/24", "2001:db8::/32")
 NETWORK4 = _text(r"^[0-9.]+(/[0-9]{1,2})?$", "198.18.0.0/15")
 NETWORK6 = _text(r"^[0-9a-fA-F.]*:[0-9a-fA-F:.]*(/[0-9]{1,3})?$", "2001:2::/48")

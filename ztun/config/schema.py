@@ -51,6 +51,8 @@ DESCRIPTIONS = {
     "route.rules.port": f"Destination ports, or ranges as texts; {_CONDITIONS}.",
     "route.rules.protocol": f"Transport protocols; {_CONDITIONS}.",
     "route.rules.source_cidr": f"Networks of clients; {_CONDITIONS}.",
+    "route.rules.source_mac": f"MAC addresses of clients, or of the router they are behind; {_CONDITIONS}.",
+    "route.rules.interface": f"Captured interfaces by which packets come in; {_CONDITIONS}.",
     "route.rules.priority": "Rules with a smaller number are asked first.",
     "route.rules.outbound": "Tag of an outbound, or direct, block or dns.",
     "route.default": "Where everything else goes.",

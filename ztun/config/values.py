@@ -31,6 +31,7 @@ DNS_PORTS = {"udp": 53, "tcp": 53, "tls": 853, "https": 443}
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 _BYTE_SIZE = TypeAdapter(ByteSize)
 _TAG = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_MAC = re.compile(r"[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}|[0-9a-fA-F]{4}(\.[0-9a-fA-F]{4}){2}")
 
 
 def need_text(value: Any) -> str:
@@ -282,6 +283,17 @@ def parse_country(value: Any) -> str:
     if not re.fullmatch(r"[a-z]{2}", text):
         raise ValueError(f"{describe(value)} is not a country code of two letters (ISO 3166-1), as in 'de'")
     return text
+
+
+def parse_mac(value: Any) -> str:
+    """The MAC address of a client (EUI-48) in any usual spelling, as `aa:bb:cc:dd:ee:ff`."""
+    text = need_text(value)
+    if not _MAC.fullmatch(text):
+        raise ValueError(f"{describe(text)} is not a MAC address, as in '52:54:00:12:34:56'")
+    packed = bytes.fromhex(re.sub("[:.-]", "", text))
+    if packed[0] & 1 or not any(packed):
+        raise ValueError(f"{describe(text)} is no client's address, but that of a group or of nobody")
+    return packed.hex(":")
 
 
 def parse_interface_name(value: Any) -> str:

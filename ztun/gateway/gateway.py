@@ -15,7 +15,7 @@ from ztun.gateway.flow import Flow
 from ztun.gateway.flowlog import flow_log
 from ztun.gateway.isn import make_isn
 from ztun.gateway.limits import Limits
-from ztun.gateway.routing import Decider, NamePool, Router, UnmappedError
+from ztun.gateway.routing import Decider, NamePool, Origins, Router, UnmappedError
 from ztun.gateway.udp_relay import UdpRelay
 from ztun.ports import Failure, Outbound, OutboundError, PacketDevice, Poller
 from ztun.rules import DIRECT
@@ -66,6 +66,7 @@ class Gateway:
         dns: Answerer,
         outbounds: Mapping[str, Outbound],
         options: GatewayOptions,
+        origins: Origins | None = None,
     ) -> None:
         settings = options.limits.applied(StackSettings(mtu=options.mtu, tcp_idle=options.tcp_idle))
         self._loop = loop
@@ -74,7 +75,8 @@ class Gateway:
         self._buffers = BufferPool(keep=options.buffers)
         self._stack = Stack(self, settings, make_isn(), self._buffers)
         self.engine = Engine(loop, poller, device, self._stack, self._buffers)
-        self._router = Router(rules, names, outbounds, options.hijack_dns)
+        self._router = Router(rules, names, outbounds, options.hijack_dns, origins)
+        self._origins = origins
         self._udp = UdpRelay(self.engine, self._router, names, options.udp_idle, options.limits, self._hijacked)
         self._keepalive_interval = options.keepalive_interval
         self._dns_tasks: set[asyncio.Task[None]] = set()
@@ -284,8 +286,15 @@ class Gateway:
     def flows(self) -> list[dict[str, Any]]:
         """The flows that live, the oldest first: the body of GET /flows."""
         now = self.engine.now()
-        flows = [flow.describe(now) for flow in self._flows] + self._udp.describe(now)
-        return sorted(flows, key=lambda flow: -flow["seconds"])
+        flows = [(flow.conn.source, flow.describe(now)) for flow in self._flows]
+        flows += self._udp.describe(now)
+        places = {source: self._describe_origin(source) for source in {source for source, _ in flows}}
+        return sorted(({**flow, **places[source]} for source, flow in flows), key=lambda flow: -flow["seconds"])
+
+    def _describe_origin(self, source: bytes) -> dict[str, str | None]:
+        origin = self._origins(source) if self._origins is not None else None
+        mac = origin.mac.hex(":") if origin is not None and origin.mac is not None else None
+        return {"interface": origin.interface if origin is not None else None, "mac": mac}
 
     def statistics(self) -> dict[str, Any]:
         """The part of `ztun status --json` that the gateway knows: tcp, udp, icmp, dns, buffers, device, drops."""

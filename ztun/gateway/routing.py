@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import socket
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
-from ztun.ports import Destination, Outbound
+from ztun.ports import Destination, Origin, Outbound
 from ztun.rules import DNS, Decision, FlowInfo
 
 _MAX_KNOWN = 8192  # decisions that are kept; then all are made anew
@@ -24,7 +24,13 @@ class NamePool(Protocol):
     def release(self, address: bytes) -> None: ...
 
 
+Origins = Callable[[bytes], Origin | None]
+"""Where packets of a client (packed address) come in: ztun.ports.Classifier.origin."""
+
+
 class Decider(Protocol):
+    asks_origin: bool
+
     def decide(self, flow: FlowInfo) -> Decision: ...
 
     def decide_learned(self, flow: FlowInfo, rule: int) -> Decision: ...
@@ -44,8 +50,17 @@ class UnmappedError(Exception):
 
 
 class Router:
-    def __init__(self, rules: Decider, names: NamePool, outbounds: Mapping[str, Outbound], hijack_dns: bool) -> None:
+    def __init__(
+        self,
+        rules: Decider,
+        names: NamePool,
+        outbounds: Mapping[str, Outbound],
+        hijack_dns: bool,
+        origins: Origins | None = None,
+    ) -> None:
         self._rules = rules
+        self._origins = origins
+        self._asked_origins = origins if rules.asks_origin else None
         self._names = names
         self._outbounds = outbounds
         self._hijack_dns = hijack_dns
@@ -67,6 +82,8 @@ class Router:
     def replace_rules(self, rules: Decider) -> None:
         """Decide about new flows by these."""
         self._rules = rules
+        self._asked_origins = self._origins if rules.asks_origin else None
+        self._known.clear()
 
     def route(self, protocol: str, source: bytes, address: bytes, port: int) -> Route:
         """Decide about a new flow. Addresses are packed. Raises UnmappedError."""
@@ -79,12 +96,14 @@ class Router:
             if name is None:
                 raise UnmappedError
         rule = self._learned.get(address) if self._learned else None
-        key = (protocol, source, address, port, name, rule)
+        # A system call, which is only made for rules that need it.
+        origin = self._asked_origins(source) if self._asked_origins is not None else None
+        key = (protocol, source, address, port, name, rule, origin)
         route = self._known.get(key)
         if route is None:
             if len(self._known) >= _MAX_KNOWN:
                 self._known.clear()
-            route = self._known[key] = self._decide(FlowInfo(protocol, source, address, name, port), rule)
+            route = self._known[key] = self._decide(FlowInfo(protocol, source, address, name, port, origin), rule)
         return route
 
     def _decide(self, flow: FlowInfo, rule: int | None) -> Route:

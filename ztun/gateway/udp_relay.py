@@ -58,9 +58,9 @@ class UdpRelay:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def describe(self, now: float) -> list[dict[str, Any]]:
-        """Rows of `ztun status --flows`, one for each session."""
-        return [session.describe(now) for session in self._sessions.values()]
+    def describe(self, now: float) -> list[tuple[bytes, dict[str, Any]]]:
+        """Rows of `ztun status --flows`, one for each session, with the client's packed address."""
+        return [(session.endpoint[0], session.describe(now)) for session in self._sessions.values()]
 
     def receive(self, datagram: Datagram, now: float) -> None:
         """A datagram of a flow that the stack has not been told of yet."""

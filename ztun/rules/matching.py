@@ -46,6 +46,9 @@ class RankedRule:
         self._ports = _merge_ranges(rule.ports)
         self._port_starts = [first for first, _last in self._ports]
         self._sources = PrefixIndex((network, rank) for network in rule.source_cidr) if rule.source_cidr else None
+        self._asks_origin = rule.asks_origin
+        self._macs = frozenset(rule.source_mac)
+        self._interfaces = frozenset(rule.interface)
         self._name_tests = _name_tests(rule)
 
     def matches_name(self, name: str) -> bool:
@@ -57,7 +60,15 @@ class RankedRule:
             return False
         if self._ports and not self._has_port(flow):
             return False
-        return self._sources is None or self._sources.covers(flow.source)
+        if self._sources is not None and not self._sources.covers(flow.source):
+            return False
+        return not self._asks_origin or self._has_origin(flow)
+
+    def _has_origin(self, flow: FlowInfo) -> bool:
+        origin = flow.origin
+        if origin is None or (self._macs and origin.mac not in self._macs):
+            return False
+        return not self._interfaces or origin.interface in self._interfaces
 
     def _has_port(self, flow: FlowInfo) -> bool:
         if flow.protocol not in ("tcp", "udp"):
@@ -96,6 +107,7 @@ class Rules:
     """The ordered rules with their default. Immutable.
 
     country: the ISO 3166-1 alpha-2 code, in lower case, of a packed address; None where it is not known.
+    asks_origin: whether `FlowInfo.origin` matters.
     """
 
     def __init__(
@@ -111,6 +123,7 @@ class Rules:
         self._country = country
         order = sorted(range(len(self.rules)), key=lambda index: (self.rules[index].priority, index))
         self.ranked = tuple(RankedRule(rank, index, self.rules[index]) for rank, index in enumerate(order))
+        self.asks_origin = any(rule.asks_origin for rule in self.rules)
         self._rank_of = {ranked.index: ranked.rank for ranked in self.ranked}
         self._file_rules()
         self._builtin = PrefixIndex((network, 0) for network in self.surroundings.builtin_direct)

@@ -11,7 +11,7 @@ from enum import Enum
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import NamedTuple
 
-from ztun.ports import Verdict
+from ztun.ports import Origin, Verdict
 
 Network = IPv4Network | IPv6Network
 
@@ -25,7 +25,8 @@ class Rule:
     """One rule: the conditions that are given are ANDed, the values of one condition are ORed.
 
     A condition that is left empty is not asked. ports: closed ranges, both ends included; geoip: ISO 3166-1 alpha-2
-    codes in lower case; priority: lower goes first, rules of equal priority go in file order.
+    codes in lower case; source_mac: 6 bytes each; interface: names of captured interfaces; priority: lower goes first,
+    rules of equal priority go in file order.
     """
 
     outbound: str
@@ -37,6 +38,8 @@ class Rule:
     ports: tuple[tuple[int, int], ...] = ()
     protocols: tuple[str, ...] = ()
     source_cidr: tuple[Network, ...] = ()
+    source_mac: tuple[bytes, ...] = ()
+    interface: tuple[str, ...] = ()
     priority: int = 0
 
     @property
@@ -50,11 +53,17 @@ class Rule:
     @property
     def is_conditional(self) -> bool:
         """Whether it asks for more than the destination's name or address, which only a flow can answer."""
-        return bool(self.ports or self.protocols or self.source_cidr)
+        return bool(self.ports or self.protocols or self.source_cidr or self.asks_origin)
+
+    @property
+    def asks_origin(self) -> bool:
+        """Whether it asks where the client is, which no packet behind the TUN tells."""
+        return bool(self.source_mac or self.interface)
 
 
 class FlowInfo(NamedTuple):
     """A new flow. protocol: "tcp", "udp" or "icmp"; name: what the Fake-IP stands for; port: 0 for ICMP.
+    origin: None where it is not known; then no rule that asks for it matches.
 
     A flow with a name is matched on the name alone, whatever its address.
     """
@@ -64,6 +73,7 @@ class FlowInfo(NamedTuple):
     address: bytes | None
     name: str | None
     port: int
+    origin: Origin | None = None
 
 
 class Decision(NamedTuple):

@@ -17,7 +17,7 @@ from ztun.platform.linux.layout import CLIENT, COUNTER, DECISION, SETTINGS, U32,
 from ztun.platform.linux.loader import Objects
 from ztun.platform.linux.maps import Map, PerCpuCounters
 from ztun.platform.linux.netlink import NetlinkError, explain
-from ztun.ports import RULE_BUILTIN, RULE_DEFAULT, RULE_DNS, RULE_FAKE_IP, Prefix, Verdict
+from ztun.ports import RULE_BUILTIN, RULE_DEFAULT, RULE_DNS, RULE_FAKE_IP, Origin, Prefix, Verdict
 
 log = structlog.get_logger("ztun.classifier")
 
@@ -104,6 +104,15 @@ class BpfClassifier:
     def heartbeat(self) -> None:
         """Say that the gateway is alive; bpf_ktime_get_ns() reads CLOCK_MONOTONIC too."""
         self._maps["heartbeat"].update(_ONLY, U64.pack(time.monotonic_ns()))
+
+    def origin(self, address: bytes) -> Origin | None:
+        """Where packets of this client came in last; None for who is no client. Costs some system calls."""
+        value = self._maps["clients"].lookup(tables.widen(address))
+        if value is None:
+            return None
+        index, mac = CLIENT.unpack(value)
+        name = links.name_of(index)
+        return Origin(name, mac if any(mac) else None) if name is not None else None
 
     def attach(self) -> None:
         """Start to capture where there is something to capture from; called again, follow what became of it.

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import structlog
 
 from ztun.errors import ZtunError
-from ztun.platform.linux import links, netlink, sysctl
+from ztun.platform.linux import links, neighbours, netlink, sysctl
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.routes import PROTOCOL
 from ztun.platform.linux.tables import show_address
-from ztun.ports import Prefix, Verdict
+from ztun.ports import Origin, Prefix, Verdict
 
 log = structlog.get_logger("ztun.classifier")
 
@@ -139,6 +139,11 @@ class RoutesClassifier:
 
     def heartbeat(self) -> None:
         """Nothing to do: routes into the TUN go with the process."""
+
+    def origin(self, address: bytes) -> Origin | None:
+        """The captured interface by which packets to this client leave, and the MAC address they are sent to."""
+        found = neighbours.find(address)
+        return found if found is not None and found.interface in self._capture.lan else None
 
     def attach(self) -> None:
         """Start to capture: ip rules, which hold for interfaces to come too, and the sysctls that forwarding needs.
