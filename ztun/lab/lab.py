@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, Self
 
-from ztun.lab import plan
+from ztun.lab import internet, plan
 from ztun.lab.namespace import Namespace
 from ztun.lab.servers import Server, servers
 from ztun.lab.ztun import Ztun, complete
@@ -31,7 +31,7 @@ _ETH_P_ALL = 3  # linux/if_ether.h
 _NO_DAD = {"ipv6/conf/all/accept_dad": "0", "ipv6/conf/default/accept_dad": "0"}  # else addresses wait a second
 _HOST = {**_NO_DAD, "ipv6/conf/all/accept_ra": "0", "ipv6/conf/default/accept_ra": "0"}
 _ROUTER = {**_HOST, "ipv4/ip_forward": "1", "ipv6/conf/all/forwarding": "1"}
-_INTERNET = {**_ROUTER, "ipv6/ip_nonlocal_bind": "1"}
+_INTERNET = {**_ROUTER, **internet.SYSCTLS}
 
 
 class DnsQuery(NamedTuple):
@@ -220,15 +220,10 @@ class Lab:
             "link set eth0 up",
             f"route add 10.10.0.0/16 via {plan.GATEWAY_WAN4}",
             f"route add fd10:10::/32 via {plan.GATEWAY_WAN6}",
-            f"route add unreachable {plan.UNREACHABLE4}",
-            f"route add unreachable {plan.UNREACHABLE6}",
-            *_internet(),
+            *internet.ip_commands(),
         )
         self.gateway.ip(f"route add default via {plan.UPSTREAM4}", f"route add default via {plan.UPSTREAM6}")
-        silence = (
-            f"table ip lab {{ chain input {{ type filter hook input priority 0; ip daddr {plan.SILENT4} drop; }}; }}"
-        )
-        self.upstream.run("nft", silence)
+        self.upstream.run("nft", internet.SILENCE)
 
     def _serve(self) -> None:
         waiting: list[tuple[Server, subprocess.Popen[Any]]] = []
@@ -261,15 +256,6 @@ class Lab:
 
 def _addresses(ifname: str, address4: str, address6: str) -> list[str]:
     return [f"address add {address4}/24 dev {ifname}", f"address add {address6}/64 dev {ifname} nodad"]
-
-
-def _internet() -> Iterator[str]:
-    """Upstream answers for the whole internet, and fetches from there under its own address."""
-    for address in plan.INTERNET4:
-        yield f"address add {address}/32 dev lo"
-        yield f"route replace local {address} dev lo table local src {plan.UPSTREAM4}"
-    for address in plan.INTERNET6:  # no address on lo: the kernel would add its local route at a time of its own
-        yield f"route add local {address} dev lo table local src {plan.UPSTREAM6}"
 
 
 def _exit(number: int, _frame: FrameType | None) -> None:
