@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from ztun.control.lock import peer_pid
 from ztun.errors import ConfigError, ZtunError
@@ -38,9 +39,14 @@ class ControlClient:
         """The body of GET /flows, as `ztun status --flows --json` prints it."""
         return self._request("GET", "/flows")[0]
 
-    def routes(self) -> dict[str, Any]:
-        """The body of GET /routes, as `ztun routes --json` prints it."""
-        return self._request("GET", "/routes")[0]
+    def routes(self, *, most: int | None = None, name: str | None = None) -> dict[str, Any]:
+        """The body of GET /routes, as `ztun routes --json` prints it.
+
+        most: entries of each map, None for all; name: of this map alone, all of its entries.
+        """
+        wanted = {"most": most, "map": name}
+        query = urlencode({key: value for key, value in wanted.items() if value is not None})
+        return self._request("GET", f"/routes?{query}" if query else "/routes")[0]
 
     def log_levels(self) -> dict[str, Any]:
         """The body of GET /log-level: {"level": …, "components": component -> level, "own": those with their own}."""

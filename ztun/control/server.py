@@ -5,6 +5,7 @@ GET /status, GET /flows, GET /routes, GET and POST /log-level, POST /stop: JSON.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import stat
@@ -16,6 +17,7 @@ from typing import Any
 import structlog
 from aiohttp import web
 
+from ztun.control.bodies import cut_maps, encode
 from ztun.control.lock import AlreadyRunning, make_directories, peer_pid
 from ztun.control.metrics import CONTENT_TYPE, render
 from ztun.errors import ZtunError
@@ -30,7 +32,7 @@ Answer = Callable[[], dict[str, Any]]
 class ControlServer:
     """Answers from callables that the composition root gives, so that it knows nothing of what it reports.
 
-    status, flows, routes: make the body of the answer. stop: asks for a graceful end and returns at once. levels:
+    status, flows, routes: make the body of the answer, `routes` in a thread of its own. stop: asks for a graceful end and returns at once. levels:
     those of the log, to look at and to change.
     """
 
@@ -115,7 +117,15 @@ class ControlServer:
         return web.json_response(self._flows())
 
     async def _get_routes(self, request: web.Request) -> web.Response:
-        return web.json_response(self._routes())
+        """?most=N: so many entries of each map; ?map=NAME: of this map alone, all of them."""
+        most, name = request.query.get("most"), request.query.get("map")
+        if most is not None and not most.isdecimal():
+            return web.json_response({"error": f"most: {most!r} is no number"}, status=400)
+
+        def answer() -> bytes:
+            return encode(cut_maps(self._routes(), int(most) if most is not None else None, name))
+
+        return web.Response(body=await asyncio.to_thread(answer), content_type="application/json")
 
     async def _get_metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=render(self._status()), headers={"Content-Type": CONTENT_TYPE})

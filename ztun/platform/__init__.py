@@ -16,6 +16,7 @@ if sys.platform == "darwin":
         poller_of,
         sweep,
     )
+    from ztun.platform.darwin.inspection import describe_interfaces, find_leftovers, look
 else:
     from ztun.platform.linux import (
         interface_addresses,
@@ -28,9 +29,13 @@ else:
         poller_of,
         sweep,
     )
+    from ztun.platform.linux.inspection import describe_interfaces, find_leftovers, look
 
 __all__ = [
+    "describe_interfaces",
+    "find_leftovers",
     "interface_addresses",
+    "look",
     "make_classifier",
     "make_event_loop",
     "make_monitor",

@@ -14,7 +14,7 @@ def describe_interfaces(
 ) -> dict[str, Any]:
     """As on Linux, with the names and indices of interfaces only. There are no BPF programs on them."""
     indices = {name: index for index, name in socket.if_nameindex()}
-    interfaces = [
+    interfaces: list[dict[str, Any]] = [
         {
             "ifname": name,
             "role": "tun" if name == device else "lan",

@@ -6,11 +6,14 @@ It works without an instance, and without privilege: what could not be seen is s
 from __future__ import annotations
 
 import socket
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ztun.platform.linux import bpfcall, netlink, orphans
+from ztun.platform.linux import netlink, orphans
 from ztun.platform.linux.attachments import Sight, list_attachments
+from ztun.platform.linux.hooks import find_filters
+from ztun.platform.linux.policy import dns_table_of, table_of
 from ztun.platform.linux.routes import PROTOCOL, list_rules
 
 _IFF_UP = 0x1
@@ -19,12 +22,14 @@ _MAIN = 254
 _ROUTE_TYPES = {1: "unicast", 6: "blackhole", 9: "throw"}  # RTN_*, linux/rtnetlink.h
 
 
-def describe_interfaces(device: str, captured: Mapping[str, str], own: Collection[int]) -> dict[str, Any]:
+def describe_interfaces(
+    device: str, captured: Mapping[str, str], own: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
     """{"interfaces": […], "unseen": what could not be seen}: the LAN's, the TUN, and all that programs hang on.
 
-    captured: LAN interface -> "captured", "absent" or why it is not captured; own: ids of our BPF programs. Each has
-    "ifname", "role" ("lan", "tun" or "other"), "state" (as in `captured`, None for the others), "link" ("up", "down",
-    "no carrier" or "absent"), "mtu" and "attached" (see `attachments`, without the name of the interface).
+    captured: LAN interface -> "captured", "absent" or why it is not captured; own: our BPF programs by their ids.
+    Each has "ifname", "role" ("lan", "tun" or "other"), "state" (as in `captured`, None for the others), "link" ("up",
+    "down", "no carrier" or "absent"), "mtu" and "attached" (see `attachments`, without the name of the interface).
     Raises OSError when the kernel does not answer.
     """
     sight = Sight()
@@ -32,6 +37,9 @@ def describe_interfaces(device: str, captured: Mapping[str, str], own: Collectio
         links, attached = netlink.run(lambda ip: (_links(ip), list_attachments(ip, sight, own)))
     except netlink.NetlinkError as error:
         raise OSError(max(error.code, 0), f"rtnetlink: {netlink.explain(error)}") from error
+    for each in attached:
+        ours = own.get(each["id"], {})
+        each.update({key: ours[key] for key in ("name", "tag") if key in ours})
     names = dict.fromkeys([*captured, device, *(each["ifname"] for each in attached)])
     return {
         "interfaces": [_describe(name, device, captured, links, attached) for name in names],
@@ -44,7 +52,7 @@ def look(device: str, lan: Iterable[str] = ()) -> dict[str, Any]:
 
     device: the TUN's name; lan: interfaces that would be captured. Raises OSError when the kernel does not answer.
     """
-    about = describe_interfaces(device, dict.fromkeys(lan, "not captured"), ())
+    about = describe_interfaces(device, dict.fromkeys(lan, "not captured"), {})
     programs = [
         {"ifname": entry["ifname"], **attached}
         for entry in about["interfaces"]
@@ -53,21 +61,45 @@ def look(device: str, lan: Iterable[str] = ()) -> dict[str, Any]:
     ]
     routes, rules = netlink.run(lambda ip: (_tagged_routes(ip), list_rules(ip)))
     return {
+        "device": device,
         "backend": None,
         "fallback_reason": None,
         "routes": routes,
         "ip_rules": rules,
         "programs": programs,
         **orphans.read_maps([each["id"] for each in programs if each["id"] is not None]),
+        "sysctls": [],
         "rules": [],
+        "waiting": [],
+        "leftovers": find_leftovers(),
         **about,
     }
 
 
-def own_programs(descriptors: Iterable[int]) -> dict[int, str]:
-    """Program id -> tag of our programs."""
-    about = [bpfcall.program_info(fd) for fd in descriptors]
-    return {each.id: each.tag for each in about}
+def find_leftovers() -> list[str]:
+    """A line for each thing with our tag whose TUN is gone: filters, ip rules, routes. Raises OSError as above."""
+    try:
+        return netlink.run(_find_leftovers)
+    except netlink.NetlinkError as error:
+        raise OSError(max(error.code, 0), f"rtnetlink: {netlink.explain(error)}") from error
+
+
+def _find_leftovers(ip: Any) -> list[str]:
+    names = {link["index"]: netlink.attribute(link, "IFLA_IFNAME") for link in ip.get_links()}
+    tables = {number for name in names.values() for number in (table_of(name), dns_table_of(name))}
+    found = [
+        f"tc filter {name} on {ifname}"
+        for index, ifname in names.items()
+        for name in find_filters(ip, index)
+        if name.split(":")[1] not in names.values()
+    ]
+    found += [
+        f"ip rule {rule['priority']} ({rule['family']}) from {rule['iif']} to table {rule['table']}"
+        for rule in list_rules(ip)
+        if rule["table"] not in tables
+    ]
+    dead = Counter(route["table"] for route in _tagged_routes(ip) if route["table"] not in {*tables, None})
+    return found + [f"{count} routes of table {table}" for table, count in dead.items()]
 
 
 def _links(ip: Any) -> dict[str, dict[str, Any]]:
