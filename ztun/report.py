@@ -8,7 +8,7 @@ from typing import Any
 
 from ztun import __version__, privileges
 from ztun.assembly import Assembly
-from ztun.describe import describe_rules
+from ztun.installed import describe_installed
 from ztun.log.system import log_system
 from ztun.ports import Outbound
 
@@ -61,14 +61,8 @@ class Report:
 
     def routes(self) -> dict[str, Any]:
         """The body of GET /routes: the keys of `ztun routes --json`. Raises ZtunError before anything is installed."""
-        classifier, routes = self._assembly.require_classifier(), self._assembly.require_routes()
-        return {
-            **self._describe_backend(),
-            **routes.snapshot(),
-            **classifier.snapshot(),
-            "rules": describe_rules(self._assembly.settings),
-            "counters": classifier.counters(),
-        }
+        parts = self._assembly
+        return describe_installed(parts.settings, parts.require_classifier(), parts.require_routes())
 
     def _describe_backend(self) -> dict[str, str | None]:
         """How packets are captured, and why not by what would have been better; nothing while that is not known."""
