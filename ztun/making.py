@@ -86,6 +86,7 @@ async def make_classifier(
         hijack_dns=settings.dns.hijack,
         fail=capture.fail,
         own_addresses=[entry.address for entry in addresses],
+        xdp=capture.xdp,
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ztun.lab.namespace import Namespace, wait_until
-from ztun.platform.linux import layout, loader
+from ztun.platform.linux import layout, loader, xdp
 from ztun.platform.linux import make_classifier as make_classifier_async
 from ztun.platform.linux.bpfcall import attributes
 from ztun.platform.linux.bpfcall import bpf as bpf_call
@@ -77,8 +77,10 @@ def frame(data: bytes, ethertype: bytes | None = None) -> bytes:
 # Programs without an interface.
 
 
-def load_now(directory: Path, programs: Iterable[str], maps: Mapping[str, tuple[int, int, str]]) -> loader.Objects:
-    return asyncio.run(loader.load(directory, programs, maps))
+def load_now(
+    directory: Path, programs: Iterable[str], maps: Mapping[str, tuple[int, int, str]], xdp: Mapping[str, str] = {}
+) -> loader.Objects:
+    return asyncio.run(loader.load(directory, programs, maps, xdp))
 
 
 def make_classifier(*arguments: Any, **options: Any) -> Any:
@@ -88,7 +90,7 @@ def make_classifier(*arguments: Any, **options: Any) -> Any:
 @cache
 def _objects() -> loader.Objects:
     """Compiled once for all tests."""
-    return load_now(layout.find_sources(), PROGRAMS, MAPS)
+    return load_now(layout.find_sources(), PROGRAMS, {**MAPS, **xdp.MAPS}, {xdp.PROGRAM: xdp.label(TUN)})
 
 
 class Bench:
@@ -102,7 +104,7 @@ class Bench:
         self.is_alive = True
 
     def _empty(self) -> None:
-        for name, (key_size, value_size, kind) in MAPS.items():
+        for name, (key_size, value_size, kind) in {**MAPS, **xdp.MAPS}.items():
             size = value_size * possible_cpus() if kind.startswith("percpu") else value_size
             table = Map(self.objects.maps[name], key_size, size)
             keys = [key for key, _ in table.items()]

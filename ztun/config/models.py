@@ -65,12 +65,16 @@ class TunSettings(Section):
 
 
 class CaptureSettings(Section):
-    """Whose packets are looked at: those that come in on the `lan` interfaces, and with `host` our own."""
+    """Whose packets are looked at: those that come in on the `lan` interfaces, and with `host` our own.
+
+    xdp: drop what is blocked before the kernel made a packet of it, where that can be had.
+    """
 
     lan: tuple[InterfaceName, ...] = ()
     host: Flag = False
     backend: Literal["auto", "bpf", "tcx", "clsact", "routes"] = "auto"
     fail: Literal["open", "closed"] = "open"
+    xdp: Flag = True
 
 
 class FakeIpSettings(Section):

@@ -45,6 +45,7 @@ async def make_classifier(
     hijack_dns: bool,
     fail: str,
     own_addresses: Iterable[bytes],
+    xdp: bool = True,
 ) -> Classifier:
     _not_yet("capture of LAN traffic")
 

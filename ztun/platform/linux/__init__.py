@@ -50,13 +50,15 @@ async def make_classifier(
     hijack_dns: bool,
     fail: str,
     own_addresses: Iterable[bytes],
+    xdp: bool = True,
 ) -> BpfClassifier | RoutesClassifier:
     """Load the classifier for the open device `device`; it captures nothing before `attach`.
 
-    backend: "auto", "bpf", "tcx", "clsact" or "routes"; fail: "open" or "closed"; own_addresses: packed.
-    Raises ZtunError.
+    backend: "auto", "bpf", "tcx", "clsact" or "routes"; fail: "open" or "closed"; own_addresses: packed;
+    xdp: drop what is blocked before there is an skb, where that can be had. Raises ZtunError.
     """
-    return await choose(backend, Capture(device, tuple(lan), mark, hijack_dns, fail == "closed", tuple(own_addresses)))
+    own = tuple(own_addresses)
+    return await choose(backend, Capture(device, tuple(lan), mark, hijack_dns, fail == "closed", own, xdp))
 
 
 def make_monitor(mark: int) -> LinuxNetworkMonitor:

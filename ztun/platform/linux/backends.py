@@ -7,7 +7,7 @@ from functools import partial
 import structlog
 
 from ztun.errors import ConfigError, ZtunError
-from ztun.platform.linux import layout, loader
+from ztun.platform.linux import layout, loader, xdp
 from ztun.platform.linux.bpfcall import has_tcx
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.classifier import MAPS, PROGRAMS, BpfClassifier
@@ -46,7 +46,10 @@ async def choose(backend: str, capture: Capture) -> BpfClassifier | RoutesClassi
 
 
 async def _load(backend: str, capture: Capture) -> BpfClassifier:
-    objects = await loader.load(layout.find_sources(), PROGRAMS, MAPS)
+    programs = {xdp.PROGRAM: xdp.label(capture.device)} if capture.xdp else {}
+    objects = await loader.load(layout.find_sources(), PROGRAMS, {**MAPS, **xdp.MAPS}, programs)
+    if objects.refused:
+        log.warning("no XDP, tc drops alone", reason=", ".join(objects.refused.values()))
     try:
         reason = _why_not_tcx(backend, objects, capture)
         if reason is None:

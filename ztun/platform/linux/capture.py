@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 class Capture(NamedTuple):
     """device: the TUN's name; lan: interface names; mark: of our own sockets; own_addresses: packed addresses of
-    this host; fail_closed: drop what a dead gateway would have tunnelled.
+    this host; fail_closed: drop what a dead gateway would have tunnelled; xdp: drop what is blocked by XDP already.
     """
 
     device: str
@@ -17,3 +17,4 @@ class Capture(NamedTuple):
     hijack_dns: bool
     fail_closed: bool
     own_addresses: Sequence[bytes]
+    xdp: bool = True

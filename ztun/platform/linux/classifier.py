@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import structlog
 
 from ztun.errors import ZtunError
-from ztun.platform.linux import layout, links, tables
+from ztun.platform.linux import layout, links, tables, xdp
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.hooks import Hook
 from ztun.platform.linux.layout import CLIENT, COUNTER, DECISION, SETTINGS, U32, U64
 from ztun.platform.linux.loader import Objects
 from ztun.platform.linux.maps import Map, PerCpuCounters
 from ztun.platform.linux.netlink import NetlinkError, explain
+from ztun.platform.linux.xdp import XdpFilter
 from ztun.ports import RULE_BUILTIN, RULE_DEFAULT, RULE_DNS, RULE_FAKE_IP, Origin, Prefix, Verdict
 
 log = structlog.get_logger("ztun.classifier")
@@ -71,6 +72,7 @@ class BpfClassifier:
         self._prefixes6 = tables.PrefixTable(self._maps["prefixes6"])
         self._counters = PerCpuCounters(objects.maps["counters"])
         self._rules = PerCpuCounters(objects.maps["rules"])
+        self._xdp = XdpFilter(objects.programs.get(xdp.PROGRAM), objects.maps)
         self._own: set[bytes] = set()
         self._write_settings()
         self.replace_own_addresses(capture.own_addresses)
@@ -82,6 +84,8 @@ class BpfClassifier:
             by_length[len(prefix.network)].append(prefix)
         self._prefixes4.replace(by_length[4])
         self._prefixes6.replace(by_length[16])
+        self._xdp.replace_rules(by_length)
+        self._follow_xdp()
 
     def replace_own_addresses(self, addresses: Iterable[bytes]) -> None:
         """Tell which addresses are this host's: never captured, not even their port 53."""
@@ -129,6 +133,7 @@ class BpfClassifier:
             self._detach()
             raise
         self._is_attached = True
+        self._follow_xdp()
 
     def captured(self) -> Mapping[str, str]:
         """LAN interface -> "captured", "absent", or why its packets cannot be had."""
@@ -136,6 +141,11 @@ class BpfClassifier:
 
     def reinstall(self) -> None:
         """Nothing to do: programs stay on an interface that is down, and `attach` follows a TUN that is another."""
+
+    def _follow_xdp(self) -> None:
+        if self._is_attached:
+            hooked = {ifname: self._hooks[ifname].ifindex for ifname in self._capture.lan if ifname in self._hooks}
+            self._xdp.follow(hooked)
 
     def _capture_from(self, ifname: str) -> str:
         """One interface's entry in `captured`."""
@@ -199,7 +209,7 @@ class BpfClassifier:
         return {"packets": packets, "bytes": octets}
 
     def snapshot(self) -> dict[str, Any]:
-        """{"programs": [{"name", "hook", "ifname", "id"}], "maps": [{"name", "type", "entries"}]}."""
+        """{"programs": [{"name", "hook", "ifname", "id"}], "maps": [{"name", "type", "entries"}], "xdp": [see xdp]}."""
         entries = {
             "settings": [self._describe_settings()],
             "heartbeat": [self._describe_heartbeat()],
@@ -213,7 +223,8 @@ class BpfClassifier:
             "rules": [{"rule": rule, **values} for rule, values in self.rule_counters().items()],
         }
         maps = [{"name": name, "type": MAPS[name][2], "entries": entries[name]} for name in MAPS]
-        return {"programs": [attached.hook.describe() for attached in self._hooks.values()], "maps": maps}
+        programs = [attached.hook.describe() for attached in self._hooks.values()]
+        return {"programs": [*programs, *self._xdp.programs()], "maps": maps, "xdp": self._xdp.describe()}
 
     def close(self) -> None:
         """Detach and unload. Idempotent."""
@@ -223,6 +234,7 @@ class BpfClassifier:
     def _detach(self) -> None:
         self._is_attached = False
         self._captured = dict.fromkeys(self._captured, "absent")
+        self._xdp.close()
         while self._hooks:
             self._close_hook(self._hooks.popitem()[1].hook)
 
