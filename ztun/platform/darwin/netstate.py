@@ -72,27 +72,27 @@ def list_addresses(found: Iterable[messages.Message]) -> list[tuple[str, bytes, 
 
 
 def list_ways(calls: Calls) -> list[Way]:
-    """The routes that lead somewhere, without those into our own utun and without those of single neighbours."""
+    """The routes that our own packets may take: those into our utun are left out."""
     ours = {_index_of(name) for name in opened}
+    return [way for way in list_routes(calls) if way.ifindex not in ours]
+
+
+def list_routes(calls: Calls) -> list[Way]:
+    """The routes that lead somewhere, without those of single neighbours. Raises OSError."""
     ways = []
     for message in messages.parse(calls.dump(numbers.NET_RT_DUMP)):
-        if not isinstance(message, messages.RouteMessage) or message.ifindex in ours:
-            continue
-        if message.flags & _NO_WAY or not message.flags & numbers.RTF_UP:
-            continue
-        way = _way(message)
-        if way is not None:
-            ways.append(way)
+        if isinstance(message, messages.RouteMessage) and not message.flags & _NO_WAY:
+            way = _way(message)
+            if way is not None and message.flags & numbers.RTF_UP:
+                ways.append(way)
     return ways
 
 
 def find_route(calls: Calls, network: bytes, length: int) -> int | None:
     """The index of the interface that the route to exactly this network leads to; None when there is no such route."""
-    for message in messages.parse(calls.dump(numbers.NET_RT_DUMP)):
-        if isinstance(message, messages.RouteMessage) and not message.flags & numbers.RTF_IFSCOPE:
-            way = _way(message)
-            if way is not None and (way.network, way.length) == (network, length):
-                return way.ifindex
+    for way in list_routes(calls):
+        if (way.network, way.length) == (network, length):
+            return way.ifindex
     return None
 
 

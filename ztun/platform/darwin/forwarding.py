@@ -1,0 +1,76 @@
+"""sysctls that let macOS forward: for the packets of a LAN to reach the utun, and the answers to come back.
+
+They outlive a process that is killed, so what they were before is kept in a file until it is put back. The file goes
+with a reboot, as the settings do.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+
+from ztun.errors import ZtunError
+from ztun.platform.darwin.calls import Calls, require
+
+log = structlog.get_logger("ztun.classifier")
+
+NAMES = ("net.inet.ip.forwarding", "net.inet6.ip6.forwarding")
+DIRECTORY = Path("/var/run")
+
+
+class Forwarding:
+    """The settings of one instance, whose utun is `device`."""
+
+    def __init__(self, device: str, calls: Calls, directory: Path | None = None) -> None:
+        self._path = (directory or DIRECTORY) / f"ztun-{device}.sysctls"
+        self._calls = calls
+
+    def allow(self) -> None:
+        """Switch forwarding on where it is off. Raises ZtunError; nothing is changed then."""
+        before = {name: require(self._calls, "sysctl", "-n", name).strip() for name in NAMES}
+        changed = {name: value for name, value in before.items() if value == "0"}
+        if not changed:
+            return
+        try:
+            self._path.write_text(json.dumps(changed))
+        except OSError as error:
+            raise ZtunError(f"cannot write {self._path}: {(error.strerror or str(error)).lower()}") from error
+        try:
+            for name in changed:
+                require(self._calls, "sysctl", "-w", f"{name}=1")
+        except ZtunError:
+            self.restore()
+            raise
+
+    def restore(self) -> list[str]:
+        """Put back what `allow` changed, in this process or in one that was killed. Returns a line for each."""
+        try:
+            before: dict[str, str] = json.loads(self._path.read_text())
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            log.warning("cannot read what sysctls were before", path=str(self._path), error=str(error))
+            before = {}
+        lines = []
+        for name, value in before.items():
+            if name in NAMES and value == "0":
+                try:
+                    require(self._calls, "sysctl", "-w", f"{name}=0")
+                    lines.append(f"sysctl {name}=1")
+                except ZtunError as error:
+                    log.warning("sysctl not put back", name=name, error=str(error))
+        with suppress(OSError):
+            self._path.unlink()
+        return lines
+
+
+def sweep(calls: Calls, directory: Path | None = None) -> list[str]:
+    """Put back what instances changed that were killed. To be called while no other instance runs."""
+    lines = []
+    for path in sorted((directory or DIRECTORY).glob("ztun-*.sysctls")):
+        device = path.name.removeprefix("ztun-").removesuffix(".sysctls")
+        lines += Forwarding(device, calls, directory).restore()
+    return lines
