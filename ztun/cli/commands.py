@@ -23,6 +23,7 @@ application = typer.Typer(
 
 # Seconds that `ztun down` waits: longer than an instance takes to drain its flows and undo what it did.
 STOP_WAIT = 30.0
+DEFAULT_INTERVAL = 2.0  # seconds between two looks of --watch
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="The configuration file.")]
 SocketOption = Annotated[
@@ -115,16 +116,20 @@ def routes(
     socket: SocketOption = None,
     log_level: LogLevelOption = None,
     json: JsonOption = False,
+    every: Annotated[bool, typer.Option("--all", help="All entries of all maps, and counters that are zero.")] = False,
+    name: Annotated[str | None, typer.Option("--map", metavar="NAME", help="All entries of this map alone.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh until Ctrl-C, with rates per second.")] = False,
+    interval: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0.1, help="Between two looks of --watch. Default: 2")
+    ] = None,
 ) -> int:
-    """Show what is installed: routes, ip rules, BPF programs, maps with their entries and hits."""
-    answer = _client(config, socket).routes()
-    if json:
-        print(to_json(answer))
-    else:
-        from ztun.cli.routes import show_routes
+    """Show what is installed: programs, routes, ip rules, maps with their entries and hits, left-overs."""
+    if interval is not None and not watch:
+        raise typer.BadParameter("goes with --watch", param_hint="--interval")
+    from ztun.cli.routes import run_routes
 
-        show_routes(answer)
-    return 0
+    period = (interval or DEFAULT_INTERVAL) if watch else None
+    return run_routes(_client(config, socket), config, json=json, every=every, name=name, interval=period)
 
 
 @application.command("log-level")

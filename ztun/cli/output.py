@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+INDENT = "  "  # of every section
+_NARROWEST = 6  # columns that a cut text keeps
 _WIDE = 240  # columns; two IPv6 addresses with their ports and all that is beside them
 
 
@@ -45,6 +48,54 @@ def table(rows: Iterable[Mapping[str, Any]], *, numbers: Iterable[str] = ()) -> 
     return result
 
 
+def rows(
+    console: Console, entries: Iterable[Mapping[str, Any]], *, numbers: Iterable[str] = (), keep: Iterable[str] = ()
+) -> None:
+    """Print a table like `table`, but each row on one line: the longest texts are cut, with an ellipsis.
+
+    keep: columns that are never cut; nor are those of `numbers`.
+    """
+    cells = [{key: say(value) for key, value in entry.items()} for entry in entries]
+    columns = list(dict.fromkeys(key for entry in cells for key in entry))
+    right, fixed = set(numbers), {*numbers, *keep}
+    names = {column: column.replace("_", " ") for column in columns}
+    widths = {column: max(len(names[column]), *(len(cell.get(column, "-")) for cell in cells)) for column in columns}
+    _narrow(widths, [column for column in columns if column not in fixed], console.width - len(INDENT))
+    for number, cell in enumerate([names, *cells]):
+        texts = [_fit(cell.get(column, "-"), widths[column], column in right) for column in columns]
+        print_line(console, INDENT + "  ".join(texts), style="" if number else "dim")
+
+
+def print_line(console: Console, line: str | Text, style: str = "") -> None:
+    """Print one line, cut at the console's width."""
+    text = Text(line, style) if isinstance(line, str) else line
+    text.rstrip()
+    console.print(text, no_wrap=True, overflow="ellipsis", crop=True)
+
+
+def print_paragraph(console: Console, text: str, *, indent: str = "", style: str = "") -> None:
+    """Print words over as many lines as it takes, those behind the first indented."""
+    for line in textwrap.wrap(text, console.width, subsequent_indent=indent + INDENT, initial_indent=indent):
+        console.print(Text(line, style), no_wrap=True, overflow="ignore", crop=False)
+
+
+def _narrow(widths: dict[str, int], cuttable: list[str], room: int) -> None:
+    """Take from the widest of the columns that may be cut until all fit."""
+    excess = sum(widths.values()) + 2 * (len(widths) - 1) - room
+    while excess > 0:
+        widest = max(cuttable, key=widths.__getitem__, default=None)
+        if widest is None or widths[widest] <= _NARROWEST:
+            return
+        widths[widest] -= 1
+        excess -= 1
+
+
+def _fit(text: str, width: int, right: bool) -> str:
+    if len(text) > width:
+        text = text[: width - 1] + "…"
+    return text.rjust(width) if right else text.ljust(width)
+
+
 def say(value: Any) -> str:
     """A value as a person would write it."""
     if value is None:
@@ -79,3 +130,19 @@ def say_duration(seconds: float) -> str:
         if count or (unit == "s" and not parts):
             parts.append(f"{count} {unit}")
     return " ".join(parts[:2])
+
+
+def say_count(count: float) -> str:
+    """A number that may be very large, in at most ten characters."""
+    if count < 10_000_000_000:
+        return str(round(count))
+    for unit in ("G", "T", "P"):
+        count /= 1000 if unit != "G" else 1e9
+        if count < 1000:
+            return f"{count:.1f} {unit}"
+    return f"{count:.0f} P"
+
+
+def say_rate(per_second: float) -> str:
+    """What happens so often a second: one decimal below ten."""
+    return f"{per_second:.1f}" if 0 < per_second < 10 else say_count(per_second)

@@ -1,105 +1,116 @@
-"""`ztun routes` for a person: what is installed in the kernel, and how often each part of it was hit."""
+"""`ztun routes`: asks the running instance, or where there is none the kernel; once, or again and again."""
 
 from __future__ import annotations
 
+import json as jsons
+import os
 from collections.abc import Mapping
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from rich.console import Console
+from ztun.cli.output import make_console
+from ztun.cli.streams import to_json
+from ztun.control.bodies import cut_maps
+from ztun.control.client import ControlClient, NotAllowed, NotRunning
+from ztun.errors import ConfigError, ZtunError
 
-from ztun.cli.output import heading, make_console, say, say_bytes, table
-
-# What the ids in the tables mean (ztun/ports.py).
-RULE_NAMES = {-1: "default", -2: "built in", -3: "fake ip", -4: "dns hijack"}
-
-_NUMBERS = ("id", "rule", "hits", "packets", "bytes", "value")
-_BACKENDS = {
-    "tcx": "BPF on TCX links; they vanish with the process",
-    "clsact": "BPF in clsact filters; a heartbeat lets traffic pass when the process is gone",
-    "routes": "no BPF: routes alone decide",
-}
+# Entries of each map that are shown to a person who did not ask for all.
+MOST = 20
+DEFAULT_DEVICE = "ztun0"
 
 
-def show_routes(answer: Mapping[str, Any]) -> None:
-    """Print the body of GET /routes."""
-    console = make_console()
-    backend = str(answer.get("backend", "unknown"))
-    console.print(f"backend {backend}", style="bold", end="")
-    console.print(f"  {_BACKENDS[backend]}" if backend in _BACKENDS else "", style="dim")
-    if answer.get("fallback_reason"):
-        console.print(f"  instead of the first choice: {answer['fallback_reason']}", style="yellow", soft_wrap=True)
-    _show_lines(console, "Routes", answer.get("routes"))
-    _show_lines(console, "IP rules", answer.get("ip_rules"))
-    rules = list(answer.get("rules") or ())
-    if rules:
-        heading(console, "Rules")
-        console.print(table(rules, numbers=["rule"]))
-    programs = [dict(program) for program in answer.get("programs") or ()]
-    heading(console, "Programs", "" if programs else "none")
-    if programs:
-        console.print(table(programs, numbers=["id"]))
-    for entry in answer.get("maps") or ():
-        _show_map(console, entry)
-    _show_counters(console, answer.get("counters") or {})
+class Wanted(NamedTuple):
+    """What to show. most: entries of each map, None for all; name: of one map alone."""
+
+    most: int | None = None
+    name: str | None = None
 
 
-def _show_lines(console: Console, title: str, entries: Any) -> None:
-    entries = list(entries or ())
-    heading(console, title, "" if entries else "none")
-    for entry in entries:
-        console.print("  " + _line(entry))
+def run_routes(
+    client: ControlClient,
+    config: Path | None,
+    *,
+    json: bool,
+    every: bool,
+    name: str | None,
+    interval: float | None,
+) -> int:
+    """Print what is installed; with `interval` again and again until Ctrl-C. Returns the exit code.
+
+    Without an instance that answers, what can be seen in the kernel is printed, and the exit code is 1. Raises
+    ConfigError for a map that is not there, ZtunError for an instance that cannot answer yet.
+    """
+    wanted = Wanted(None if json or every else MOST, name)
+    if interval is not None:
+        from ztun.cli.watch import watch
+
+        return watch(lambda: _ask(client, config, wanted)[0], interval, json=json, every=every)
+    answer, problem = _ask(client, config, wanted)
+    _require_map(answer, name)
+    if json:
+        print(to_json(answer))
+    else:
+        show_routes(answer, every=every)
+    if problem is None:
+        return 0
+    from ztun.cli import fail
+    from ztun.cli.streams import flush_stdout
+
+    flush_stdout()
+    return fail(str(problem), 1)
 
 
-def _line(entry: Any) -> str:
-    """A route or rule as iproute2 would write it: the destination first, then `key value` pairs."""
-    if not isinstance(entry, Mapping):
-        return say(entry)
-    first = next((key for key in ("destination", "dst", "prefix", "route") if key in entry), None)
-    words = [say(entry[first])] if first else []
-    words += [
-        f"{key.replace('_', ' ')} {say(value)}" for key, value in entry.items() if key != first and value is not None
-    ]
-    return " ".join(words)
+def _ask(client: ControlClient, config: Path | None, wanted: Wanted) -> tuple[dict[str, Any], ZtunError | None]:
+    """The body to show, and what to say about it."""
+    try:
+        return client.routes(most=wanted.most, name=wanted.name), None
+    except NotRunning as problem:
+        return _look("not running", config, wanted), problem
+    except NotAllowed as problem:
+        return _look("unknown", config, wanted), problem
 
 
-def _show_map(console: Console, entry: Mapping[str, Any]) -> None:
-    rows = [_map_row(row) for row in _entries(entry.get("entries"))]
-    count = "1 entry" if len(rows) == 1 else f"{len(rows)} entries"
-    heading(console, f"Map {entry.get('name', '?')}", f"{entry.get('type', '')}, {count}")
-    if rows:
-        console.print(table(rows, numbers=_NUMBERS))
+def _look(state: str, config: Path | None, wanted: Wanted) -> dict[str, Any]:
+    from ztun import __version__, platform
+    from ztun.installed import describe_heartbeat
+
+    device, lan = _read_names(config)
+    about: dict[str, Any] = {"state": state, "pid": None, "version": __version__}
+    try:
+        seen = platform.look(device, lan)
+    except OSError as error:
+        return {**about, "maps": [], "unseen": [f"the kernel's network state: {error.strerror or error}"]}
+    if seen["heartbeat"] is not None:
+        seen["heartbeat"] = describe_heartbeat(seen["heartbeat"]["age_ms"])
+    return {**about, **cut_maps(seen, wanted.most, wanted.name)}
 
 
-def _entries(entries: Any) -> list[Any]:
-    if isinstance(entries, Mapping):
-        return [{"key": key, "value": value} for key, value in entries.items()]
-    return list(entries or ())
+def _read_names(config: Path | None) -> tuple[str, list[str]]:
+    """tun.name and capture.lan, from no more of the file than that needs: it may be half edited."""
+    content: Any = {}
+    if config is not None:
+        with suppress(OSError, ValueError):
+            content = jsons.loads(config.read_bytes())
+    device = os.environ.get("ZTUN_TUN__NAME") or _dig(content, "tun", "name")
+    lan = _dig(content, "capture", "lan")
+    names = [name for name in lan if isinstance(name, str)] if isinstance(lan, list) else []
+    return device if isinstance(device, str) else DEFAULT_DEVICE, names
 
 
-def _map_row(row: Any) -> dict[str, Any]:
-    if not isinstance(row, Mapping):
-        return {"entry": row}
-    shown = dict(row)
-    value = shown.get("value")
-    if isinstance(value, Mapping):
-        del shown["value"]
-        shown |= value
-    if "rule" in shown:
-        shown["rule"] = RULE_NAMES.get(shown["rule"], shown["rule"])
-    return shown
+def _dig(content: Any, *keys: str) -> Any:
+    for key in keys:
+        content = content.get(key) if isinstance(content, Mapping) else None
+    return content
 
 
-def _show_counters(console: Console, counters: Mapping[str, Any]) -> None:
-    seen = {
-        name: figures for name, figures in counters.items() if not isinstance(figures, Mapping) or any(figures.values())
-    }
-    heading(console, "Counters", "" if seen else "nothing seen yet")
-    rows = []
-    for name, figures in seen.items():
-        if isinstance(figures, Mapping):
-            size = {"size": say_bytes(figures["bytes"])} if "bytes" in figures else {}
-            rows.append({"verdict": name, **figures, **size})
-        else:
-            rows.append({"verdict": name, "packets": figures})
-    if rows:
-        console.print(table(rows, numbers=("packets", "bytes", "size")))
+def _require_map(answer: Mapping[str, Any], name: str | None) -> None:
+    if name is not None and not answer["maps"]:
+        raise ConfigError(f"--map: there is no map {name!r}; `ztun routes` lists them")
+
+
+def show_routes(answer: Mapping[str, Any], *, every: bool = False) -> None:
+    """Print the body of GET /routes for a person."""
+    from ztun.cli.routes_view import print_routes
+
+    print_routes(make_console(), answer, every=every)

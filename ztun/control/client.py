@@ -24,6 +24,10 @@ class NotRunning(ZtunError):  # noqa: N818 (it reads as what it says)
     """Nothing listens on the control socket."""
 
 
+class NotAllowed(ZtunError):  # noqa: N818
+    """The control socket is there, and not for us."""
+
+
 class ControlClient:
     """Asks the instance behind one control socket. Every method raises NotRunning or ZtunError in one line."""
 
@@ -88,7 +92,7 @@ class ControlClient:
             raise NotRunning(f"not running (no control socket at {self.path}); start it with `ztun up`") from None
         except PermissionError:
             connection.close()
-            raise ZtunError(f"may not use the control socket {self.path}; run this as root, e.g. with sudo") from None
+            raise NotAllowed(f"may not use the control socket {self.path}; run this as root, e.g. with sudo") from None
         except OSError as error:
             connection.close()
             raise ZtunError(f"cannot use the control socket {self.path}: {error.strerror or error}") from None

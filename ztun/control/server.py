@@ -32,8 +32,8 @@ Answer = Callable[[], dict[str, Any]]
 class ControlServer:
     """Answers from callables that the composition root gives, so that it knows nothing of what it reports.
 
-    status, flows, routes: make the body of the answer, `routes` in a thread of its own. stop: asks for a graceful end and returns at once. levels:
-    those of the log, to look at and to change.
+    status, flows, routes: make the body of the answer, `routes` in a thread of its own. stop: asks for a graceful end
+    and returns at once. levels: those of the log, to look at and to change.
     """
 
     def __init__(

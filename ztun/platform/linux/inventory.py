@@ -6,15 +6,13 @@ It works without an instance, and without privilege: what could not be seen is s
 from __future__ import annotations
 
 import socket
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ztun.platform.linux import netlink, orphans
 from ztun.platform.linux.attachments import Sight, list_attachments
-from ztun.platform.linux.hooks import find_filters
-from ztun.platform.linux.policy import dns_table_of, table_of
 from ztun.platform.linux.routes import PROTOCOL, list_rules
+from ztun.platform.linux.sweep import find_leftovers
 
 _IFF_UP = 0x1
 _IFF_RUNNING = 0x40
@@ -74,32 +72,6 @@ def look(device: str, lan: Iterable[str] = ()) -> dict[str, Any]:
         "leftovers": find_leftovers(),
         **about,
     }
-
-
-def find_leftovers() -> list[str]:
-    """A line for each thing with our tag whose TUN is gone: filters, ip rules, routes. Raises OSError as above."""
-    try:
-        return netlink.run(_find_leftovers)
-    except netlink.NetlinkError as error:
-        raise OSError(max(error.code, 0), f"rtnetlink: {netlink.explain(error)}") from error
-
-
-def _find_leftovers(ip: Any) -> list[str]:
-    names = {link["index"]: netlink.attribute(link, "IFLA_IFNAME") for link in ip.get_links()}
-    tables = {number for name in names.values() for number in (table_of(name), dns_table_of(name))}
-    found = [
-        f"tc filter {name} on {ifname}"
-        for index, ifname in names.items()
-        for name in find_filters(ip, index)
-        if name.split(":")[1] not in names.values()
-    ]
-    found += [
-        f"ip rule {rule['priority']} ({rule['family']}) from {rule['iif']} to table {rule['table']}"
-        for rule in list_rules(ip)
-        if rule["table"] not in tables
-    ]
-    dead = Counter(route["table"] for route in _tagged_routes(ip) if route["table"] not in {*tables, None})
-    return found + [f"{count} routes of table {table}" for table, count in dead.items()]
 
 
 def _links(ip: Any) -> dict[str, dict[str, Any]]:
