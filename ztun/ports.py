@@ -384,6 +384,13 @@ class Poller(Protocol):
         """The same for a descriptor that is closed right after: closing it is enough for the kernel."""
         ...
 
+    def at_least(self, sock: socket, count: int) -> bool:
+        """Tell of bytes only when there are so many, or the end. Lowering it tells of what is there already.
+
+        Returns False where that cannot be had, and every byte is news.
+        """
+        ...
+
     def again(self, handler: ReadyHandler) -> None:
         """Call `handler` with 0 in the next turn: it has more to do, and let the others have theirs."""
         ...

@@ -13,6 +13,7 @@ from ztun import platform
 from ztun.outbound import OutboundSpec, Tools, make_outbounds
 from ztun.outbound.base import ProxyOutbound
 from ztun.outbound.pool import WarmPool
+from ztun.outbound.together import Together
 from ztun.ports import Connected, Destination, Dialling, Failed, Failure, OutboundError
 
 from .netns import ROUTER4, Namespace
@@ -24,6 +25,12 @@ TO = Destination("192.0.2.1", 80)
 _SILENCE = """add table inet silence; add chain inet silence out { type filter hook output priority 0; };
     add rule inet silence out meta l4proto tcp drop"""
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter, int], Awaitable[None]]
+
+
+@pytest.fixture(autouse=True)
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxies here are not asked whether they take all at once: test_together.py does that."""
+    monkeypatch.setattr(Together, "ask", lambda self: None)
 
 
 @asynccontextmanager

@@ -150,4 +150,5 @@ async def test_forty_connections_at_once(sockets: Sockets, microsocks: int) -> N
     assert way.statistics() == {
         "type": "socks5", "dials": 40, "dialling": 0, "datagram_links": 0, "failures": {}, "drops": {},
         "udp": {"verdict": "proxy", "opened": 0, "lost": 0, "refused": 0, "reason": None},
+        "together": None,
     }  # fmt: skip

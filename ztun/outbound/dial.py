@@ -1,7 +1,8 @@
 """One dial: resolve, connect, talk to the proxy. Callbacks all the way, since a task costs as much as the rest.
 
 Nothing is taken from the socket that is not the proxy's. The first bytes of the destination may share a segment with
-the proxy's last reply, so every read peeks first, and only what the dialogue claims is then taken.
+the proxy's last reply, so reads peek first, and only what the dialogue claims is then taken. Where the dialogue knows
+how much will come at least, that much is read at once, and nobody is woken before it is there.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Dialogue(Protocol):
 
     done: bool  # the proxy agreed; the next byte is the destination's
     asked: bool  # the request is on its way, so what is awaited is the destination, not the proxy
+    least: int  # bytes that a proxy which agrees says before anything is to be sent again, at least; 0: not known
 
     def start(self) -> bytes:
         """The first message."""
@@ -68,7 +70,7 @@ class Dial:
     """
 
     __slots__ = (
-        "_address", "_connected", "_dialler", "_failed", "_fd", "_race", "_sock", "_task", "_unsent", "cold",
+        "_address", "_connected", "_dialler", "_failed", "_fd", "_least", "_race", "_sock", "_task", "_unsent", "cold",
         "counted", "dialogue", "host", "port", "stage",
     )  # fmt: skip
 
@@ -97,6 +99,7 @@ class Dial:
         self._race: tcp.Race | None = None
         self._task: asyncio.Task[None] | None = None
         self._unsent = b""
+        self._least = 0
         self.cold: Callable[[], None] | None = None
 
     @property
@@ -130,7 +133,7 @@ class Dial:
     def fail(self, error: OSError | OutboundError) -> None:
         """End it, and say why."""
         if self.stage is not Stage.OVER:
-            described = self._dialler.describe(self, error)
+            described = self._dialler.describe(self, self._heard() or error)
             self.cancel()
             self._failed(described)
 
@@ -197,9 +200,11 @@ class Dial:
             self._fd = sock.fileno()
             self._dialler.poller.hand_over(self._fd, self._on_event)
         if self.dialogue is None:
-            self._finish(sock, True)
+            self._finish(sock, bool(mask & _MAY_READ))
             return
         self.stage = Stage.NEGOTIATING
+        least = self.dialogue.least
+        self._least = least if least and self._dialler.poller.at_least(sock, least) else 0
         self._send(self.dialogue.start())
         self._go_on(mask)
 
@@ -223,6 +228,11 @@ class Dial:
         assert dialogue is not None
         try:
             more = True
+            if self._least:
+                self._read_least(sock, dialogue)
+                if dialogue.done:
+                    self._finish(sock, ended)
+                    return
             while more:
                 data = sock.recv(_CHUNK, socket.MSG_PEEK)
                 if not data:
@@ -244,6 +254,32 @@ class Dial:
             self._break(error)
         except OSError as error:
             self._break(OutboundError(Failure.PROXY_FAILED, f"it broke the connection: {error.strerror}"))
+
+    def _read_least(self, sock: socket.socket, dialogue: Dialogue) -> None:
+        """Take the shortest answer with one call. From then on every byte is news, also those that came meanwhile."""
+        data = sock.recv(self._least)
+        if not data:
+            raise OutboundError(Failure.PROXY_FAILED, "it closed the connection instead of answering")
+        self._least = 0
+        self._dialler.poller.at_least(sock, 1)
+        taken, _ = dialogue.receive(data)
+        if taken < len(data):
+            raise OutboundError(Failure.PROXY_FAILED, "its answer is shorter than any that says where it listens")
+        self.cold = None
+
+    def _heard(self) -> OutboundError | None:
+        """It is too late. What lies there unread, since it was too little, tells who is silent, or what is wrong."""
+        if not self._least or self.stage is not Stage.NEGOTIATING:
+            return None
+        assert self._sock is not None
+        assert self.dialogue is not None
+        try:
+            self.dialogue.receive(self._sock.recv(self._least))
+        except OutboundError as error:
+            return error
+        except OSError:
+            pass
+        return None
 
     def _break(self, error: OutboundError) -> None:
         """The dialogue failed. Nobody is to blame for what a connection does that had waited too long."""

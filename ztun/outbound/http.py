@@ -71,6 +71,7 @@ class HttpDialogue:
         host = destination.host if tcp.is_literal(destination.host) else proxy_name(destination.host)
         self.done = False
         self.asked = False
+        self.least = 0
         self._request = connect_request(host, destination.port, credentials)
         self._header = bytearray()
         self._total = 0

@@ -5,21 +5,31 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from collections.abc import Callable
 from enum import Enum
+from functools import lru_cache
+from typing import Any
 
 from ztun.outbound import tcp
 from ztun.outbound.associate import AssociateLink
-from ztun.outbound.base import FailureHandler, Link, ProxyOutbound
-from ztun.outbound.dial import Dialogue
+from ztun.outbound.base import FailureHandler, Link, ProxyOutbound, Tools
+from ztun.outbound.dial import Dial, Dialogue, Stage
 from ztun.outbound.names import proxy_name
 from ztun.outbound.resolving import resolved
-from ztun.ports import DatagramHandler, Destination, Failure, OutboundError
+from ztun.outbound.together import Together
+from ztun.outbound.verdict import DatagramVerdict
+from ztun.ports import DatagramHandler, Destination, Dialling, Failure, OutboundError
 
 _VERSION = 5
 _AUTHENTICATION_VERSION = 1  # RFC 1929, section 2
 _NONE, _USERNAME, _NO_ACCEPTABLE = 0, 2, 0xFF  # methods
 _CONNECT, _ASSOCIATE = 1, 3  # commands
 _IPV4, _NAME, _IPV6 = 1, 3, 4  # ATYP
+
+_GREETING = bytes((_VERSION, 1, _NONE))
+# Method and reply of a proxy that grants a request, up to BND.ADDR, where they come together.
+_GRANTED = bytes((_VERSION, _NONE, _VERSION, 0, 0, _IPV4))
+_GRANTED_LENGTH = len(_GRANTED) + 4 + 2
 
 _FAILURES = {
     1: (Failure.PROXY_FAILED, "it failed for a reason of its own"),
@@ -37,6 +47,7 @@ _NO_DATAGRAMS = {2: Failure.PROHIBITED, 7: Failure.UNSUPPORTED, 8: Failure.UNSUP
 
 _SHORT = 2  # version and method; version and status; and of a reply that reports a failure
 _LENGTH_KNOWN = 5  # with this many bytes of a reply, its length is known
+_SHORTEST_REPLY = 4 + 4 + 2  # of those that grant a request, but for names of one or two letters
 _REPLY_SIZES = {_IPV4: 4 + 4 + 2, _IPV6: 4 + 16 + 2}  # a name comes behind its length
 
 
@@ -54,6 +65,7 @@ def encode_request(command: int, host: str, port: int) -> bytes:
     return bytes((_VERSION, command, 0, _IPV4)) + socket.inet_aton(host) + end
 
 
+@lru_cache(maxsize=4096)
 def connect_request(destination: Destination) -> bytes:
     """The request for a connection. Raises OutboundError for what is no name."""
     return encode_request(_CONNECT, *destination)
@@ -69,12 +81,24 @@ class Socks5Dialogue:
     """Method negotiation, authentication and one request, sans-IO. It takes the replies to the byte.
 
     request: see `encode_request`; None to be done when the request is due. greeted: another one was done that far.
+    together: say all at once, offering the one method that is meant (see ztun.outbound.together).
     """
 
-    __slots__ = ("_credentials", "_message", "_request", "_state", "asked", "bound", "code", "done")
+    __slots__ = (
+        "_credentials", "_message", "_request", "_state", "asked", "bound", "code", "done", "least", "together",
+    )  # fmt: skip
 
-    def __init__(self, request: bytes | None, credentials: tuple[str, str] | None, *, greeted: bool = False) -> None:
+    def __init__(
+        self,
+        request: bytes | None,
+        credentials: tuple[str, str] | None,
+        *,
+        greeted: bool = False,
+        together: bool = False,
+    ) -> None:
         self.done = False
+        self.together = together
+        self.least = (_SHORT if credentials is None else 2 * _SHORT) + _SHORTEST_REPLY if together else 0
         self.asked = False
         self.code: int | None = None  # the reply's, which is 0 when it granted the request
         self.bound: tuple[str, int] = ("", 0)  # BND.ADDR and BND.PORT of the reply
@@ -87,12 +111,35 @@ class Socks5Dialogue:
         """The methods that we can, or the request when they were agreed upon before."""
         if self._state is _State.REPLY:
             return self._ask()
+        if self.together:
+            return self._say_all()
         if self._credentials is None:
-            return bytes((_VERSION, 1, _NONE))
+            return _GREETING
         return bytes((_VERSION, 2, _NONE, _USERNAME))
+
+    def _say_all(self) -> bytes:
+        """What would be said one message after the other, if the proxy takes what we mean."""
+        assert self._request is not None
+        if self._credentials is None:
+            return _GREETING + self._request
+        return bytes((_VERSION, 1, _USERNAME)) + self._authentication() + self._request
 
     def receive(self, data: bytes) -> tuple[int, bytes]:
         """See `Dialogue.receive`."""
+        if self.together:
+            return self._receive_together(data), b""
+        return self._receive(data)
+
+    def _receive_together(self, data: bytes) -> int:
+        """Everything was said, so there is no answer. Nearly always this is the whole of what the proxy says."""
+        if self.least and len(data) == _GRANTED_LENGTH and data.startswith(_GRANTED):
+            self.asked = self.done = True  # where it connects from is nobody's business
+            self.code = 0
+            return _GRANTED_LENGTH
+        taken, _ = self._receive(data)
+        return taken
+
+    def _receive(self, data: bytes) -> tuple[int, bytes]:
         taken, answer = 0, b""
         while taken < len(data) and not self.done:
             missing = self._size() - len(self._message)
@@ -131,16 +178,21 @@ class Socks5Dialogue:
 
     def _take_method(self, message: bytes) -> bytes:
         version, method = message
-        if version == _VERSION and method == _NONE:
+        if version == _VERSION and method == _NONE and not (self.together and self._credentials):
             return self._ask()
         if version == _VERSION and method == _USERNAME and self._credentials is not None:
             self._state = _State.AUTHENTICATION
-            username, password = (text.encode() for text in self._credentials)
-            return bytes((_AUTHENTICATION_VERSION, len(username))) + username + bytes((len(password),)) + password
+            return self._authentication()
         if version == _VERSION and method in (1, _USERNAME, _NO_ACCEPTABLE):
             wanted = "it accepts no method of authentication that we have"
             raise OutboundError(Failure.PROXY_AUTHENTICATION, wanted if self._credentials else "it wants a username")
         raise _malformed(message)
+
+    def _authentication(self) -> bytes:
+        """The message of RFC 1929, section 2."""
+        assert self._credentials is not None
+        username, password = (text.encode() for text in self._credentials)
+        return bytes((_AUTHENTICATION_VERSION, len(username))) + username + bytes((len(password),)) + password
 
     def _ask(self) -> bytes:
         self._state = _State.REPLY
@@ -178,16 +230,75 @@ def _malformed(message: bytes) -> OutboundError:
     return OutboundError(Failure.PROXY_FAILED, f"it answered with what is no SOCKS5: {message[:8].hex(' ')}")
 
 
+def _is_doubtful(dial: Dial, dialogue: Socks5Dialogue) -> bool:
+    """It took the greeting and did not answer the request."""
+    return dial.stage is Stage.NEGOTIATING and dialogue.code is None
+
+
 class Socks5Outbound(ProxyOutbound):
     """A SOCKS5 proxy. See ProxyOutbound for the arguments."""
 
     type = "socks5"
 
-    def _dialogue(self, destination: Destination, *, greeted: bool = False) -> Dialogue:
-        return Socks5Dialogue(connect_request(destination), self._credentials, greeted=greeted)
+    def __init__(
+        self,
+        tag: str,
+        host: str,
+        port: int,
+        credentials: tuple[str, str] | None,
+        tools: Tools,
+        udp: DatagramVerdict,
+    ) -> None:
+        super().__init__(tag, host, port, credentials, tools, udp)
+        self._together = Together(self._ask_for_nothing, self._forget_waiting)
 
-    def _greeting(self) -> Dialogue:
-        return Socks5Dialogue(None, self._credentials)
+    def _dialogue(self, destination: Destination, *, greeted: bool = False) -> Dialogue:
+        request, together = connect_request(destination), self._together.may()
+        return Socks5Dialogue(request, self._credentials, greeted=greeted and not together, together=together)
+
+    def _greeting(self) -> Dialogue | None:
+        return None if self._together.known else Socks5Dialogue(None, self._credentials)
+
+    def _ask_for_nothing(self, answered: Callable[[bool | None], None]) -> Dialling:
+        """Say greeting and a request at once, one that costs the proxy nothing and changes nothing anywhere."""
+        dialogue = Socks5Dialogue(encode_request(_ASSOCIATE, "0.0.0.0", 0), self._credentials, together=True)
+        dialogue.least = 0  # its first two bytes are news, too
+
+        def connected(sock: socket.socket, more: bool) -> None:
+            self.poller.closing(sock.fileno())
+            sock.close()
+            answered(len(dialogue.bound[0]) > 2)  # a shorter name, and its replies are shorter than `least`
+
+        def failed(error: OutboundError) -> None:
+            answered(dialogue.code is not None if dialogue.asked else None)
+
+        return self._dial(dialogue, connected, failed, counted=False)
+
+    def _forget_waiting(self) -> None:
+        """Those that wait were greeted, and are to be no more; or the other way round."""
+        if self._pool is not None:
+            self._pool.drop()
+
+    def warm_up(self) -> None:
+        """See `ztun.ports.Outbound.warm_up`."""
+        self._together.ask()
+        super().warm_up()
+
+    def describe(self, dial: Dial, error: OSError | OutboundError) -> OutboundError:
+        """See BaseOutbound.describe."""
+        dialogue = dial.dialogue
+        if isinstance(dialogue, Socks5Dialogue) and dialogue.together and dial.counted and _is_doubtful(dial, dialogue):
+            self._together.doubt()
+        return super().describe(dial, error)
+
+    def statistics(self) -> dict[str, Any]:
+        """As ProxyOutbound.statistics, and together: whether the proxy takes greeting and request at once, if known."""
+        return {**super().statistics(), "together": self._together.known}
+
+    async def close(self) -> None:
+        """See BaseOutbound.close."""
+        self._together.close()
+        await super().close()
 
     async def _open_proxied_link(self, on_datagram: DatagramHandler, on_failure: FailureHandler) -> Link:
         """Ask for an association. No ICMP error comes through a proxy, so there is nobody to tell of one."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import selectors
+import socket
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -111,6 +112,10 @@ class KqueuePoller:
         """See ztun.ports.Poller.closing."""
         self._handlers.pop(fd, None)
         self._writing.discard(fd)
+
+    def at_least(self, sock: socket.socket, count: int) -> bool:
+        """See ztun.ports.Poller.at_least: kqueue(2) could by NOTE_LOWAT, but forgets it with every change of mind."""
+        return False
 
     def again(self, handler: ReadyHandler) -> None:
         """See ztun.ports.Poller.again."""

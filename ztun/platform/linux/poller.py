@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import select
 import selectors
+import socket
 
 from ztun.platform.polling import PollerLoop, complain
 from ztun.platform.polling import poller_of as find_poller
@@ -54,6 +55,11 @@ class EpollPoller:
     def closing(self, fd: int) -> None:
         """See ztun.ports.Poller.closing."""
         self._handlers.pop(fd, None)
+
+    def at_least(self, sock: socket.socket, count: int) -> bool:
+        """See ztun.ports.Poller.at_least: SO_RCVLOWAT, which poll(2) heeds, and which wakes when it is lowered."""
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
+        return True
 
     def again(self, handler: ReadyHandler) -> None:
         """See ztun.ports.Poller.again."""
