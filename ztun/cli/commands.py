@@ -27,7 +27,8 @@ DEFAULT_INTERVAL = 2.0  # seconds between two looks of --watch
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="The configuration file.")]
 SocketOption = Annotated[
-    Path | None, typer.Option("--socket", metavar="PATH", help=f"The control socket. Default: {DEFAULT_SOCKET}")
+    Path | None,
+    typer.Option("--socket", metavar="PATH", readable=False, help=f"The control socket. Default: {DEFAULT_SOCKET}"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 LogLevelOption = Annotated[

@@ -43,15 +43,21 @@ def run_routes(
     """
     wanted = Wanted(None if json or every else MOST, name)
     if interval is not None:
+        from rich.console import Console
+
+        from ztun.cli.routes_view import print_routes
         from ztun.cli.watch import watch
 
-        return watch(lambda: _ask(client, config, wanted)[0], interval, json=json, every=every)
+        def show(console: Console, answer: Mapping[str, Any]) -> None:
+            print_routes(console, answer, every=every, name=name)
+
+        return watch(lambda: _ask(client, config, wanted)[0], interval, show=None if json else show)
     answer, problem = _ask(client, config, wanted)
     _require_map(answer, name)
     if json:
         print(to_json(answer))
     else:
-        show_routes(answer, every=every)
+        show_routes(answer, every=every, name=name)
     if problem is None:
         return 0
     from ztun.cli import fail
@@ -109,8 +115,8 @@ def _require_map(answer: Mapping[str, Any], name: str | None) -> None:
         raise ConfigError(f"--map: there is no map {name!r}; `ztun routes` lists them")
 
 
-def show_routes(answer: Mapping[str, Any], *, every: bool = False) -> None:
+def show_routes(answer: Mapping[str, Any], *, every: bool = False, name: str | None = None) -> None:
     """Print the body of GET /routes for a person."""
     from ztun.cli.routes_view import print_routes
 
-    print_routes(make_console(), answer, every=every)
+    print_routes(make_console(), answer, every=every, name=name)

@@ -28,9 +28,13 @@ _NUMBERS = ("rule", "hits", "hits/s", "packets", "packets/s", "size", "size/s", 
 _ELSEWHERE = ("counters", "rules")
 
 
-def print_routes(console: Console, answer: Mapping[str, Any], *, every: bool = False) -> None:
-    """Print it all. every: also what is zero or empty."""
+def print_routes(console: Console, answer: Mapping[str, Any], *, every: bool = False, name: str | None = None) -> None:
+    """Print it all. name: of the one map that was asked for. every: also what is zero or empty."""
     _print_state(console, answer)
+    if name is not None:
+        for table in answer["maps"]:
+            _print_map(console, table)
+        return
     _print_interfaces(console, answer.get("interfaces") or ())
     _print_lines(console, "Routes", answer.get("routes"))
     _print_lines(console, "IP rules", answer.get("ip_rules"))
@@ -127,7 +131,12 @@ def _print_rules(console: Console, answer: Mapping[str, Any]) -> None:
     counted = next((table["entries"] for table in answer.get("maps") or () if table["name"] == "rules"), ())
     built_in = [entry for entry in counted if entry["rule"] < 0 and entry["packets"]]
     shown = [
-        {"rule": RULE_NAMES.get(rule["rule"], rule["rule"]), **_pick(rule, "conditions", "outbound"), **_figures(rule)}
+        {
+            "rule": RULE_NAMES.get(rule["rule"], rule["rule"]),
+            "conditions": rule.get("conditions", ""),
+            "outbound": rule.get("outbound", ""),
+            **{key: figure for key, figure in _figures(rule).items() if not key.startswith("size")},
+        }
         for rule in [*rules, *built_in]
     ]
     if shown:
@@ -136,8 +145,8 @@ def _print_rules(console: Console, answer: Mapping[str, Any]) -> None:
 
 
 def _print_maps(console: Console, maps: Sequence[Mapping[str, Any]], every: bool) -> None:
-    shown = [table for table in maps if len(maps) == 1 or every or table["name"] not in _ELSEWHERE]
-    empty = [table["name"] for table in shown if not table["entries"] and not every and len(maps) > 1]
+    shown = [table for table in maps if every or table["name"] not in _ELSEWHERE]
+    empty = [table["name"] for table in shown if not table["entries"] and not every]
     for table in shown:
         if table["name"] not in empty:
             _print_map(console, table)
@@ -187,7 +196,3 @@ def _figures(entry: Mapping[str, Any]) -> dict[str, str]:
     if "bytes_per_s" in entry:
         said["size/s"] = say_bytes(entry["bytes_per_s"])
     return said
-
-
-def _pick(entry: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: entry.get(key) for key in keys}

@@ -13,7 +13,6 @@ from typing import Any
 from rich.console import Console
 
 from ztun.cli.output import make_console
-from ztun.cli.routes_view import print_routes
 
 _FIGURES = ("hits", "packets", "bytes")
 _NAMES = ("prefix", "address", "counter", "rule")
@@ -22,26 +21,27 @@ _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 _HOME, _LINE_END, _SCREEN_END = "\x1b[H", "\x1b[K", "\x1b[J"
 
 Answer = dict[str, Any]
+Show = Callable[[Console, Mapping[str, Any]], None]
 
 
-def watch(ask: Callable[[], Answer], interval: float, *, json: bool, every: bool) -> int:
+def watch(ask: Callable[[], Answer], interval: float, *, show: Show | None) -> int:
     """Show what `ask` returns each `interval` seconds, with rates, until Ctrl-C. Returns 0. Raises what `ask` raises.
 
-    json: a line of JSON each time.
+    show: prints an answer for a person; None: a line of JSON each time.
     """
     console = make_console()
     try:
-        if json:
+        if show is None:
             for answer in _answers(ask, interval):
                 print(jsons.dumps(answer, ensure_ascii=False), flush=True)
         elif console.is_terminal:
             with _screen():
                 for answer in _answers(ask, interval):
-                    _paint(answer, interval, every)
+                    _paint(answer, interval, show)
         else:
             for answer in _answers(ask, interval):
                 print(time.strftime("%Y-%m-%d %H:%M:%S"))
-                print_routes(console, answer, every=every)
+                show(console, answer)
                 print(flush=True)
     except KeyboardInterrupt:
         pass  # the one way to end it
@@ -98,14 +98,14 @@ def _screen() -> Iterator[None]:
         sys.stdout.flush()
 
 
-def _paint(answer: Answer, interval: float, every: bool) -> None:
+def _paint(answer: Answer, interval: float, show: Show) -> None:
     """Over what was there before, and no more lines than the terminal has."""
     terminal = make_console()
     width, height = terminal.size
     drawn = Console(
         file=io.StringIO(), width=width, force_terminal=True, color_system="standard", highlight=False, emoji=False
     )
-    print_routes(drawn, answer, every=every)
+    show(drawn, answer)
     assert isinstance(drawn.file, io.StringIO)
     lines = [f"every {interval:g} s, {time.strftime('%H:%M:%S')}; Ctrl-C ends", *drawn.file.getvalue().splitlines()]
     if len(lines) > height:
