@@ -13,11 +13,12 @@ from ztun.cli.output import make_console
 from ztun.cli.streams import to_json
 from ztun.control.bodies import cut_maps
 from ztun.control.client import ControlClient, NotAllowed, NotRunning
+from ztun.defaults import DEFAULTS
 from ztun.errors import ConfigError, ZtunError
 
 # Entries of each map that are shown to a person who did not ask for all.
 MOST = 20
-DEFAULT_DEVICE = "ztun0"
+DEFAULT_DEVICE = DEFAULTS.device
 
 
 class Wanted(NamedTuple):

@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from ztun.config import patterns, values
 from ztun.config.values import Network, split_endpoint
+from ztun.defaults import DEFAULTS
 
 InterfaceName = Annotated[str, PlainValidator(values.parse_interface_name), patterns.INTERFACE]
 Mac = Annotated[str, PlainValidator(values.parse_mac), patterns.MAC]
@@ -58,7 +59,7 @@ class Section(BaseModel):
 class TunSettings(Section):
     """The TUN device. mtu in bytes (RFC 791 asks hosts to take 576); addresses with the prefix length of the link."""
 
-    name: InterfaceName = "ztun0"
+    name: InterfaceName = DEFAULTS.device
     mtu: Annotated[Whole, Field(ge=576, le=65535)] = 1500
     address: Address4 = IPv4Interface("198.18.0.1/15")
     address6: Address6 | None = IPv6Interface("2001:2::1/48")
@@ -84,7 +85,7 @@ class FakeIpSettings(Section):
     range6: Cidr6 | None = IPv6Network("2001:2::/48")
     size: Annotated[Whole, Field(ge=1, le=1 << 22)] = 8192
     ttl: Annotated[Whole, Field(ge=1, le=86400)] = 300
-    store: FilePath | None = Path("/var/lib/ztun/fake-ip.db")
+    store: FilePath | None = DEFAULTS.names
 
 
 class DnsSettings(Section):
@@ -236,7 +237,7 @@ class LogSettings(Section):
 
 
 class ControlSettings(Section):
-    socket: Annotated[Path, PlainValidator(values.parse_socket_path), patterns.PATH] = Path("/run/ztun/control.sock")
+    socket: Annotated[Path, PlainValidator(values.parse_socket_path), patterns.PATH] = DEFAULTS.control
 
 
 class Settings(BaseSettings):

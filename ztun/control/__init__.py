@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-DEFAULT_SOCKET = "/run/ztun/control.sock"
+from ztun.defaults import DEFAULTS
+
+DEFAULT_SOCKET = str(DEFAULTS.control)

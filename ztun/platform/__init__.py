@@ -1,4 +1,4 @@
-"""What differs between operating systems. This is the only place that looks at sys.platform."""
+"""What differs between operating systems. Only this and ztun/defaults.py look at sys.platform."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if sys.platform == "darwin":
         make_socket_factory,
         open_device,
         poller_of,
-        sweep,
     )
+    from ztun.platform.darwin.aftermath import close_journal, open_journal, recover, sweep
     from ztun.platform.darwin.inspection import describe_interfaces, find_leftovers, look
 else:
     from ztun.platform.linux import (
@@ -27,11 +27,12 @@ else:
         make_socket_factory,
         open_device,
         poller_of,
-        sweep,
     )
+    from ztun.platform.linux.aftermath import close_journal, open_journal, recover, sweep
     from ztun.platform.linux.inspection import describe_interfaces, find_leftovers, look
 
 __all__ = [
+    "close_journal",
     "describe_interfaces",
     "find_leftovers",
     "interface_addresses",
@@ -42,6 +43,8 @@ __all__ = [
     "make_routes",
     "make_socket_factory",
     "open_device",
+    "open_journal",
     "poller_of",
+    "recover",
     "sweep",
 ]

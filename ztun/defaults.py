@@ -1,0 +1,22 @@
+"""Defaults of the configuration that are another on each operating system, in one place."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Defaults(NamedTuple):
+    """device: tun.name; control: control.socket; names: dns.fake_ip.store."""
+
+    device: str
+    control: Path
+    names: Path
+
+
+LINUX = Defaults("ztun0", Path("/run/ztun/control.sock"), Path("/var/lib/ztun/fake-ip.db"))
+# "utun": the first one that is free. macOS has neither /run nor /var/lib (hier(7)).
+DARWIN = Defaults("utun", Path("/var/run/ztun/control.sock"), Path("/var/db/ztun/fake-ip.db"))
+
+DEFAULTS = DARWIN if sys.platform == "darwin" else LINUX
