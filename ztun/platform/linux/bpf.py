@@ -12,7 +12,6 @@ linux-headers package is needed; what that tree forwards to are the UAPI headers
 from __future__ import annotations
 
 import ctypes
-import errno
 import importlib.util
 import json
 import os
@@ -29,7 +28,6 @@ _UAPI = Path("/usr/include")
 # include/uapi/linux/bpf.h.
 _PROG_LOAD = 5
 _PROG_TYPE_XDP = 6
-_F_XDP_HAS_FRAGS = 1 << 5
 _INSTRUCTION_SIZE = 8
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LONGEST_ERROR = 1000
@@ -95,27 +93,17 @@ def load(directory: Path, programs: Sequence[str], maps: Sequence[str], xdp: Map
 
 
 def _load_xdp(instructions: bytes, shown: str) -> int:
-    """Load an XDP program, for frames in pieces where the kernel has them (Linux 5.18), which bcc cannot ask for.
+    """Load an XDP program under another name than its function's, which bcc cannot do. Raises OSError.
 
-    Raises OSError.
+    Without BPF_F_XDP_HAS_FRAGS: with it, generic XDP (seen with Linux 6.18) hands tc copies of packets whose MAC header
+    does not count, so that every tc program on the interface reads 14 octets too far on.
     """
     held, licence = ctypes.create_string_buffer(instructions, len(instructions)), ctypes.create_string_buffer(b"GPL")
     where = ctypes.addressof(held), ctypes.addressof(licence)
-    count = len(instructions) // _INSTRUCTION_SIZE
-    bpfcall = _import_beside("bpfcall")
-
-    def try_with(flags: int) -> int:
-        # type, count, instructions, licence, the verifier's log (level, size, buffer), version, flags, name
-        front = struct.pack("=IIQQIIQII", _PROG_TYPE_XDP, count, *where, 0, 0, 0, 0, flags)
-        attr = ctypes.create_string_buffer(front + struct.pack("=16s", shown.encode()), 128)
-        return int(bpfcall.bpf(_PROG_LOAD, attr))
-
-    try:
-        return try_with(_F_XDP_HAS_FRAGS)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return try_with(0)
+    # type, number of instructions, where they are, licence, the verifier's log (level, size, buffer), version, flags
+    front = struct.pack("=IIQQIIQII", _PROG_TYPE_XDP, len(instructions) // _INSTRUCTION_SIZE, *where, 0, 0, 0, 0, 0)
+    attr = ctypes.create_string_buffer(front + struct.pack("=16s", shown.encode()), 128)
+    return int(_import_beside("bpfcall").bpf(_PROG_LOAD, attr))
 
 
 def _import_beside(name: str) -> Any:
