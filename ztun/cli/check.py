@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 from ztun import machine
 from ztun.cli.streams import to_json
 from ztun.config import Settings, load, to_rules
-from ztun.describe import describe_rules
+from ztun.config.secrets import check_file
+from ztun.describe import describe_rules, say_captured
 from ztun.errors import ConfigError
 from ztun.geoip import CountryDatabase
 from ztun.rules import Network, compile_prefixes, make_surroundings
@@ -22,7 +24,8 @@ def run_check(file: Path, *, json: bool) -> int:
     With `json`, the errors are printed as JSON as well.
     """
     try:
-        report = {"ok": True, "errors": [], **_look_at(load(file, os.environ))}
+        settings = load(file, os.environ)
+        report = {"ok": True, "errors": [], "warnings": check_file(file, settings), **describe(settings)}
     except ConfigError as error:
         if json:
             print(to_json({"ok": False, "errors": str(error).splitlines()}))
@@ -93,6 +96,8 @@ def _listen(settings: Settings) -> list[str] | None:
 
 def _servers(settings: Settings) -> list[str] | None:
     return list(settings.dns.servers) if "servers" in settings.dns.model_fields_set else None
+    for line in report["warnings"]:
+        print(f"ztun: warning: {line}", file=sys.stderr)
 
 
 def _show(file: Path, report: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ztun.cli.streams import forget_stdout, to_json
 from ztun.config import Settings, load
+from ztun.config.secrets import check_file
+from ztun.describe import say_captured
 from ztun.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ def run_up(
 
     log_system.configure(log_options(settings))
     from ztun import app
+    warn_of_file(config, settings)
 
     def announce(summary: Mapping[str, Any]) -> None:
         try:
@@ -62,6 +65,14 @@ def log_options(settings: Settings) -> LogOptions:
 
     log = settings.log
     return LogOptions(
+def warn_of_file(config: Path | None, settings: Settings) -> None:
+    """Say in the log who else can read the file. Raises ConfigError when everybody can write it."""
+    import structlog
+
+    for line in check_file(config, settings) if config is not None else ():
+        structlog.get_logger("ztun.app").warning("the configuration file is not private", detail=line)
+
+
         level=log.level,
         levels=log.levels.model_dump(exclude_none=True),
         format=log.format,

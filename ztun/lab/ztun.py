@@ -58,6 +58,7 @@ class Ztun:
         self.config_path = directory / "config.json"
         self.socket_path = directory / "control.sock"
         self._output = directory / "output"
+        self.wrapper: tuple[str, ...] = ()  # a program that runs the one in its arguments, and what comes before those
         self._process: subprocess.Popen[Any] | None = None
         directory.mkdir(mode=0o755)
 
@@ -75,13 +76,19 @@ class Ztun:
     def write(self, config: dict[str, Any]) -> None:
         self.config = config
         self.socket_path = Path(config["control"]["socket"])
+        self.config_path.touch(mode=0o600)  # passwords are in it
         self.config_path.write_text(json.dumps(config, indent=2))
 
     def launch(self, *arguments: str, env: dict[str, str] | None = None) -> None:
         """Start `ztun ARGUMENTS` and do not wait."""
         with self._output.open("ab") as output:
             self._process = self._gateway.spawn(
-                *command(*arguments), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env
+                *self.wrapper,
+                *command(*arguments),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=env,
             )
 
     def wait_ready(self, deadline: float = START_DEADLINE) -> None:

@@ -122,8 +122,10 @@ def _open_clone_device() -> int:
         return os.open(_CLONE_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise ZtunError(f"{_CLONE_DEVICE} is missing: load the tun module (modprobe tun)") from error
+    except PermissionError as error:
+        raise ZtunError(f"cannot open {_CLONE_DEVICE}: not permitted; run as root, or give it mode 0666") from error
     except OSError as error:
-        raise ZtunError(f"cannot open {_CLONE_DEVICE}: {error.strerror}; run as root or with CAP_NET_ADMIN") from error
+        raise ZtunError(f"cannot open {_CLONE_DEVICE}: {error.strerror}") from error
 
 
 def _configure(fd: int, name: bytes) -> bool:
