@@ -12,7 +12,7 @@ from ztun import machine
 from ztun.cli.streams import to_json
 from ztun.config import Settings, load, to_rules
 from ztun.config.secrets import check_file
-from ztun.describe import describe_rules, say_captured
+from ztun.describe import describe_rules
 from ztun.errors import ConfigError
 from ztun.geoip import CountryDatabase
 from ztun.rules import Network, compile_prefixes, make_surroundings
@@ -25,7 +25,7 @@ def run_check(file: Path, *, json: bool) -> int:
     """
     try:
         settings = load(file, os.environ)
-        report = {"ok": True, "errors": [], "warnings": check_file(file, settings), **describe(settings)}
+        report = {"ok": True, "errors": [], "warnings": check_file(file, settings), **_look_at(settings)}
     except ConfigError as error:
         if json:
             print(to_json({"ok": False, "errors": str(error).splitlines()}))

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from ztun.cli.streams import forget_stdout, to_json
 from ztun.config import Settings, load
 from ztun.config.secrets import check_file
-from ztun.describe import say_captured
 from ztun.errors import ConfigError
 
 if TYPE_CHECKING:
