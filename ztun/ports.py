@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum, IntEnum
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -110,6 +111,16 @@ class Classifier(Protocol):
         """LAN interface -> "captured", "absent", or why its packets cannot be had."""
         ...
 
+    def replace_exits(self, exits: Mapping[str, Collection[int]]) -> None:
+        """Tell by which interfaces this host sends to the internet, each with its IP versions; with capture.host they
+        are captured from, too.
+        """
+        ...
+
+    def exits(self) -> Mapping[str, str]:
+        """Interface -> whether this host's own packets are captured there, as in `captured`."""
+        ...
+
     def reinstall(self) -> None:
         """The TUN was down or is another one: put back what the kernel removed with it. Raises ZtunError."""
         ...
@@ -151,6 +162,16 @@ class Routes(Protocol):
         ...
 
 
+class SystemResolver(Protocol):
+    """Brings this host's own queries for some names to ztun, where the classifier does not. Idempotent."""
+
+    def up(self) -> None:
+        """Raises ZtunError; nothing is left then."""
+        ...
+
+    def down(self) -> None: ...
+
+
 class NetworkEvent(NamedTuple):
     """Something changed outside: kind is "link", "address" or "route"; up is False when it went away."""
 
@@ -181,12 +202,14 @@ class NetworkState(NamedTuple):
     """What a host's network looks like.
 
     links: by name; addresses: (interface name, packed address, prefix length in bits); paths: the way to each address
-    that is watched, None where there is none.
+    that is watched, None where there is none; exits: interface -> the IP versions by which this host reaches the
+    internet there.
     """
 
     links: Mapping[str, Link]
     addresses: Sequence[tuple[str, bytes, int]]
     paths: Mapping[str, Path | None]
+    exits: Mapping[str, Sequence[int]] = MappingProxyType({})
 
 
 class NetworkMonitor(Protocol):

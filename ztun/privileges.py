@@ -194,6 +194,8 @@ def _set(effective: int, permitted: int) -> None:
 
 
 def _prctl(option: int, argument: int) -> int:
+    if not hasattr(_libc, "prctl"):  # Linux alone has it
+        return -1
     return int(_libc.prctl(option, ctypes.c_ulong(argument), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)))
 
 

@@ -10,6 +10,7 @@ if sys.platform == "darwin":
         make_classifier,
         make_event_loop,
         make_monitor,
+        make_resolver,
         make_routes,
         make_socket_factory,
         open_device,
@@ -30,6 +31,7 @@ else:
     )
     from ztun.platform.linux.aftermath import close_journal, open_journal, recover, sweep
     from ztun.platform.linux.inspection import describe_interfaces, find_leftovers, look
+    from ztun.platform.linux.resolver import make_resolver
 
 __all__ = [
     "close_journal",
@@ -40,6 +42,7 @@ __all__ = [
     "make_classifier",
     "make_event_loop",
     "make_monitor",
+    "make_resolver",
     "make_routes",
     "make_socket_factory",
     "open_device",

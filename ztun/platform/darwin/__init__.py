@@ -28,6 +28,7 @@ __all__ = [
     "open_device",
     "poller_of",
     "sweep",
+    "use",
 ]
 
 _BACKENDS = ("auto", "python")
@@ -72,11 +73,14 @@ async def make_classifier(
     hijack_dns: bool,
     fail: str,
     own_addresses: Iterable[bytes],
+    xdp: bool = True,
     host: bool = False,
+    tun_addresses: Iterable[bytes] = (),
 ) -> PythonClassifier:
     """The classifier of the open device `device`; it captures nothing before `attach`.
 
-    backend: "auto" or "python"; fail: "open". Raises ConfigError for what macOS cannot do.
+    backend: "auto" or "python"; fail: "open"; host: capture what this host sends, too. Raises ConfigError for what
+    macOS cannot do.
     """
     if backend not in _BACKENDS:
         raise ConfigError(f"capture.backend: there is no {backend} on macOS; set it to auto")

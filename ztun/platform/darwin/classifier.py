@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import structlog
@@ -141,6 +141,7 @@ class PythonClassifier:
         self._capture = capture
         self._prefixes: list[Prefix] = []
         self._is_attached = False
+        self._exits: list[str] = []
         self.decider = Decider(hijack_dns=capture.hijack_dns)
         device.admit = self._admit
 
@@ -189,6 +190,15 @@ class PythonClassifier:
         """LAN interface -> "captured" or "absent"."""
         present = {name for _, name in socket.if_nameindex()}
         return {name: "captured" if self._is_attached and name in present else "absent" for name in self._capture.lan}
+
+    def replace_exits(self, exits: Mapping[str, Collection[int]]) -> None:
+        """See ztun.ports.Classifier.replace_exits. The routes hold for all of them."""
+        self._exits = sorted(exits)
+
+    def exits(self) -> Mapping[str, str]:
+        """Interface -> "captured" or "absent", with capture.host."""
+        state = "captured" if self._is_attached else "absent"
+        return dict.fromkeys(self._exits, state) if self._capture.host else {}
 
     def reinstall(self) -> None:
         """The utun is another one: install the routes into it. Raises ZtunError."""

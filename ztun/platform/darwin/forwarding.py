@@ -7,6 +7,7 @@ with a reboot, as the settings do.
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import structlog
 
 from ztun.errors import ZtunError
 from ztun.platform.darwin.calls import Calls, require
+from ztun.platform.darwin.resolver import is_alive
 
 log = structlog.get_logger("ztun.classifier")
 
@@ -35,7 +37,7 @@ class Forwarding:
         if not changed:
             return
         try:
-            self._path.write_text(json.dumps(changed))
+            self._path.write_text(json.dumps({"pid": os.getpid(), "before": changed}))
         except OSError as error:
             raise ZtunError(f"cannot write {self._path}: {(error.strerror or str(error)).lower()}") from error
         try:
@@ -48,10 +50,10 @@ class Forwarding:
     def restore(self) -> list[str]:
         """Put back what `allow` changed, in this process or in one that was killed. Returns a line for each."""
         try:
-            before: dict[str, str] = json.loads(self._path.read_text())
+            before: dict[str, str] = json.loads(self._path.read_text())["before"]
         except FileNotFoundError:
             return []
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             log.warning("cannot read what sysctls were before", path=str(self._path), error=str(error))
             before = {}
         lines = []
@@ -68,9 +70,18 @@ class Forwarding:
 
 
 def sweep(calls: Calls, directory: Path | None = None) -> list[str]:
-    """Put back what instances changed that were killed. To be called while no other instance runs."""
+    """Put back what instances changed that were killed; returns a line for each."""
     lines = []
     for path in sorted((directory or DIRECTORY).glob("ztun-*.sysctls")):
         device = path.name.removeprefix("ztun-").removesuffix(".sysctls")
+        if is_alive(_pid_in(path)):
+            continue
         lines += Forwarding(device, calls, directory).restore()
     return lines
+
+
+def _pid_in(path: Path) -> int:
+    try:
+        return int(json.loads(path.read_text())["pid"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0

@@ -34,7 +34,7 @@ def read_state(calls: Calls, destinations: Iterable[str]) -> NetworkState:
     links = list_links(found)
     addresses = list_addresses(found)
     finder = WayFinder(list_ways(calls), addresses, links.values())
-    return NetworkState(links, addresses, {to: finder.path(to) for to in destinations})
+    return NetworkState(links, addresses, {to: finder.path(to) for to in destinations}, finder.exits())
 
 
 def interface_addresses(calls: Calls) -> list[tuple[str, bytes, int]]:
@@ -142,6 +142,16 @@ class WayFinder:
             if way is not None:
                 return way
         return None
+
+    def exits(self) -> dict[str, list[int]]:
+        """Interface -> the IP versions whose default route leads by it."""
+        found: dict[str, list[int]] = {}
+        for version, size in ((4, 4), (6, 16)):
+            default = self._tables[size].get(0, {}).get(0)
+            link = self._links.get(default.ifindex) if default is not None else None
+            if link is not None:
+                found.setdefault(link.name, []).append(version)
+        return found
 
     def path(self, destination: str) -> Path | None:
         """The way to an address literal; None when there is none."""

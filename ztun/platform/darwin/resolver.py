@@ -86,7 +86,7 @@ def owner_of(path: Path) -> int | None:
 
 def left_over(directory: Path | None = None) -> list[Path]:
     """The files of ours whose process is no more."""
-    return [path for path, pid in _ours(directory) if not _is_alive(pid)]
+    return [path for path, pid in _ours(directory) if not is_alive(pid)]
 
 
 def sweep(directory: Path | None = None) -> list[str]:
@@ -111,7 +111,10 @@ def _remove(path: Path) -> bool:
     return True
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of this number; none has 0."""
+    if not pid:
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
