@@ -137,14 +137,14 @@ async def probe(address: IpAddress, port: int) -> str | None:
         error = _bind_both(address, port)
         if error is None:
             return None
-    if error.errno == errno.EACCES:
-        return f"port {port} needs root or CAP_NET_BIND_SERVICE"
         tentative = error.errno == errno.EADDRNOTAVAIL and address.version == 6
         if not tentative or asyncio.get_running_loop().time() > deadline:
             break
         await asyncio.sleep(0.1)
     if error.errno == errno.EADDRINUSE:
         return f"port {port} is taken by {find_holder(port) or 'another program'}"
+    if error.errno == errno.EACCES:
+        return f"port {port} needs root or CAP_NET_BIND_SERVICE"
     return (error.strerror or str(error)).lower()
 
 
