@@ -127,6 +127,9 @@ class Instance:
         lock = InstanceLock(path)
         self._undo.push("the instance lock", lock.release)
         lock.acquire()
+        name = self.settings.tun.name
+        self._undo.push("the state file", lambda: platform.close_journal(name))
+        platform.open_journal(name, [path, *lock.paths()])
         control = ControlServer(
             path, status=report.status, routes=report.routes, flows=report.flows, stop=self._stop.ask
         )
@@ -154,15 +157,15 @@ class Instance:
         device = platform.open_device(self.settings.tun.name, self.settings.tun.mtu)
         self.parts.device = device
         self._undo.push("the TUN device", device.close)
-        self._sweep()
+        self._tell_removed(platform.recover(device.name))
         routes = making.make_tun_routes(self.settings, device.name)
         self._undo.push("addresses and routes", routes.down)
         routes.up()
         self.parts.routes = routes
         return device
 
-    def _sweep(self) -> None:
-        for line in platform.sweep(self.settings.tun.name):
+    def _tell_removed(self, lines: Sequence[str]) -> None:
+        for line in lines:
             log.warning("removed what an earlier instance left behind", what=line)
             self.parts.notes.append(f"removed left-over: {line}")
 
@@ -234,6 +237,8 @@ class Instance:
         """The last step: from here on the clients' packets come to us."""
         self._beat()
         self.parts.require_classifier().attach()
+        # Only now: what a dead instance keeps shut stays so until this one is there (capture.fail).
+        self._tell_removed(platform.sweep(self.settings.tun.name))
         for outbound in self.parts.outbounds.values():
             outbound.warm_up()
 

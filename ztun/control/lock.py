@@ -52,6 +52,10 @@ class InstanceLock:
         if path is not None and path != self.path:
             self._held.append((_lock_file(path, "in this network namespace "), path))
 
+    def paths(self) -> list[Path]:
+        """The files that are held; a killed process leaves them."""
+        return [path for _, path in self._held]
+
     def release(self) -> None:
         """Give the lock back and remove what it left in the file system. Idempotent."""
         while self._held:

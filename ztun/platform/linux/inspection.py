@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from ztun.platform.linux.inventory import describe_interfaces, find_leftovers, look
+from ztun.platform.linux.inventory import describe_interfaces, look
+from ztun.platform.linux.sweep import find_leftovers
 
 __all__ = ["describe_interfaces", "find_leftovers", "look"]

@@ -10,13 +10,13 @@ import errno
 import socket
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import structlog
 
 from ztun.errors import ZtunError
-from ztun.platform.linux import links, neighbours, netlink, sysctl
+from ztun.platform.linux import journal, links, neighbours, netlink, sysctl
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.routes import PROTOCOL
 from ztun.platform.linux.tables import show_address
@@ -24,11 +24,14 @@ from ztun.ports import Origin, Prefix, Verdict
 
 log = structlog.get_logger("ztun.classifier")
 
+_TABLES = 0x7A740000  # to 0x7A74FFFF: the tables of all TUNs
 _RULE_PRIORITY = 31340  # before main (32766); port 53 one earlier
 _LEARNED = 4096
 # Far behind: what holds when the TUN and its routes are gone and nothing may pass ("fail": "closed").
 _LAST_METRIC = 0x7FFFFFFF
 _TYPES = {Verdict.DIRECT: "throw", Verdict.TUNNEL: "unicast", Verdict.DROP: "blackhole"}
+_TYPE_NAMES = {1: "unicast", 6: "blackhole", 9: "throw"}  # RTN_*, linux/rtnetlink.h
+_DEFAULT_METRIC6 = 1024  # IP6_RT_PRIO_USER, net/ip6_route.h
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _ABSENT = [errno.ESRCH, errno.ENOENT, errno.ENODEV, errno.EAFNOSUPPORT]
 
@@ -56,8 +59,10 @@ class RoutesClassifier:
         self._prefixes: dict[Key, Entry] = {}
         self._learned: OrderedDict[Key, Entry] = OrderedDict()
         self._installed: dict[Key, Entry] = {}
-        self._sysctls = sysctl.Sysctls()
+        self._journal = journal.of(capture.device)
+        self._sysctls = sysctl.Sysctls(self._journal)
         self._is_attached = False
+        self._exits: dict[str, str] = {}
         self._followed: dict[str, int] = {}  # interface -> its index when it was prepared
 
     def replace_rules(self, prefixes: Iterable[Prefix]) -> None:
@@ -153,9 +158,10 @@ class RoutesClassifier:
         self._follow()
         if self._is_attached:
             return
-        self._is_attached = True
+        self._is_attached = self._journal.has_policy = True
         try:
             netlink.run(self._add_rules)
+            netlink.run(self._remove_strangers)
         except netlink.NetlinkError as error:
             self._detach()
             raise ZtunError(f"cannot add ip rules: {netlink.explain(error)}") from error
@@ -167,6 +173,14 @@ class RoutesClassifier:
     def captured(self) -> Mapping[str, str]:
         """LAN interface -> "captured" or "absent"."""
         return {ifname: "captured" if ifname in self._followed else "absent" for ifname in self._capture.lan}
+
+    def replace_exits(self, exits: Mapping[str, Collection[int]]) -> None:
+        """Nothing to do: the ip rules for this host's own packets hold wherever they leave."""
+        self._exits = dict.fromkeys(exits, "captured") if self._capture.host else {}
+
+    def exits(self) -> Mapping[str, str]:
+        """See ztun.ports.Classifier.exits."""
+        return dict(self._exits)
 
     def reinstall(self) -> None:
         """Install the routes into the TUN again, which went when it was down, or with it. Raises ZtunError."""
@@ -208,7 +222,7 @@ class RoutesClassifier:
             if sysctl.read(f"ipv6/conf/{ifname}/accept_ra") == "1":
                 self._sysctls.set(f"ipv6/conf/{ifname}/accept_ra", "2")
             # What is written to `all` is written to each of them.
-            self._sysctls.keep(f"ipv6/conf/{ifname}/forwarding")
+            self._sysctls.keep(f"ipv6/conf/{ifname}/forwarding", becomes="1")
         self._sysctls.set("ipv6/conf/all/forwarding", "1")
 
     def _add_rules(self, ip: Any) -> None:
@@ -218,6 +232,23 @@ class RoutesClassifier:
             if self._capture.hijack_dns:
                 route = {"family": family, "oif": self._index, "table": dns_table_of(self._capture.device)}
                 ip.route("replace", dst="default", proto=PROTOCOL, **route)
+
+    def _remove_strangers(self, ip: Any) -> None:
+        """Rules and routes that a dead instance left in our tables, now that ours are there: no moment without."""
+        routes = [route for key, entry in self._installed.items() for route in self._routes_of(key, entry)]
+        wanted = {(route["dst"], route["type"], route.get("priority", 0)) for route in routes}
+        wanted_rules = [{**rule, "family": family} for family in self._families() for rule in self._rules()]
+        for table, found in find_policy(ip).items():
+            if table not in (table_of(self._capture.device), dns_table_of(self._capture.device)):
+                continue
+            rules = [rule for rule in found.rules if _same_rule(rule) not in wanted_rules]
+            strange = [] if table == dns_table_of(self._capture.device) else found.routes
+            strange = [route for route in strange if _route_key(route) not in wanted]
+            remove_installed(ip, Installed(rules, strange), table)
+
+    def _routes_of(self, key: Key, entry: Entry) -> list[dict[str, Any]]:
+        has_barrier = entry.verdict == Verdict.TUNNEL and self._capture.fail_closed
+        return [self._route(key, entry), *([self._barrier(key)] if has_barrier else [])]
 
     def _families(self) -> list[int]:
         has_ipv6 = sysctl.read(f"ipv6/conf/{self._capture.device}/disable_ipv6") == "0"
@@ -255,14 +286,14 @@ class RoutesClassifier:
         self._installed.clear()
 
     def _detach(self) -> None:
-        self._is_attached = False
+        self._is_attached = self._journal.has_policy = False
         self._followed.clear()
         self._sysctls.restore()
 
 
 def table_of(device: str) -> int:
     """The number of the routing table of one TUN: the same for each start, another for each name."""
-    return 0x7A740000 | zlib.crc32(device.encode()) & 0xFFFE
+    return _TABLES | zlib.crc32(device.encode()) & 0xFFFE
 
 
 def dns_table_of(device: str) -> int:
@@ -270,21 +301,47 @@ def dns_table_of(device: str) -> int:
     return table_of(device) + 1
 
 
+class Installed(NamedTuple):
+    """ip rules and routes of one of our tables, as rtnetlink messages."""
+
+    rules: list[Any]
+    routes: list[Any]
+
+    def describe(self, table: int) -> list[str]:
+        lines = [f"ip rule to table {table}"] * len(self.rules)
+        return lines + ([f"{len(self.routes)} routes of table {table}"] if self.routes else [])
+
+
+def find_policy(ip: Any) -> dict[int, Installed]:
+    """Table -> what is there of ztun's, whosever it is. Both the protocol and the table's number are our tag."""
+    found: dict[int, Installed] = {}
+    for family in _FAMILIES:
+        for rule in ip.get_rules(family=family):
+            table = netlink.attribute(rule, "FRA_TABLE") or 0
+            if table & ~0xFFFF == _TABLES and netlink.attribute(rule, "FRA_PROTOCOL") == PROTOCOL:
+                found.setdefault(table, Installed([], [])).rules.append(rule)
+        for route in ip.get_routes(family=family):
+            table = netlink.attribute(route, "RTA_TABLE") or 0
+            if table & ~0xFFFF == _TABLES and route["proto"] == PROTOCOL:
+                found.setdefault(table, Installed([], [])).routes.append(route)
+    return found
+
+
+def remove_installed(ip: Any, installed: Installed, table: int) -> None:
+    """Rules first, so that nothing is looked up in half a table."""
+    for rule in installed.rules:
+        netlink.ignoring(_ABSENT, ip.rule, "del", **_same_rule(rule))
+    for route in installed.routes:
+        netlink.ignoring(_ABSENT, ip.route, "del", **_same_route(route, table))
+
+
 def remove_policy(ip: Any, device: str) -> list[str]:
     """Remove the ip rules and routes of the TUN `device`, a living one or a dead one's. Returns what it were."""
     removed = []
-    ours = (table_of(device), dns_table_of(device))
-    for family in _FAMILIES:
-        for rule in list(ip.get_rules(family=family)):
-            if netlink.attribute(rule, "FRA_TABLE") in ours and netlink.attribute(rule, "FRA_PROTOCOL") == PROTOCOL:
-                netlink.ignoring(_ABSENT, ip.rule, "del", **_same_rule(rule))
-                removed.append(f"ip rule to table {netlink.attribute(rule, 'FRA_TABLE')}")
-        for table in ours:
-            routes = [one for one in ip.get_routes(family=family, table=table) if one["proto"] == PROTOCOL]
-            for route in routes:
-                netlink.ignoring(_ABSENT, ip.route, "del", **_same_route(route, table))
-            if routes:
-                removed.append(f"{len(routes)} routes of table {table}")
+    for table, installed in find_policy(ip).items():
+        if table in (table_of(device), dns_table_of(device)):
+            remove_installed(ip, installed, table)
+            removed += installed.describe(table)
     return removed
 
 
@@ -299,6 +356,13 @@ def _same_rule(rule: Any) -> dict[str, Any]:
     }
     found = {keyword: netlink.attribute(rule, name) for name, keyword in names.items()}
     return {"family": rule["family"], **{keyword: value for keyword, value in found.items() if value is not None}}
+
+
+def _route_key(route: Any) -> tuple[str, str, int]:
+    """(destination, type, metric) as `RoutesClassifier._route` names them."""
+    same = _same_route(route, 0)
+    is_default = same["family"] == socket.AF_INET6 and same["priority"] == _DEFAULT_METRIC6
+    return same["dst"], _TYPE_NAMES.get(same["type"], ""), 0 if is_default else same["priority"]
 
 
 def _same_route(route: Any, table: int) -> dict[str, Any]:
