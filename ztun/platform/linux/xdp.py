@@ -1,8 +1,7 @@
 """Dropping what is blocked before there is an skb: one XDP program on each captured interface, while it has work to do.
 
-XDP sees frames before tc does, and before the kernel has put small ones together, so it costs something for every
-frame. It is there only while a prefix is blocked. It never decides alone: it drops what tc would drop by a rule, and
-all else goes on to tc (bpf/classify.c). So nothing is wrong where it cannot be had.
+XDP costs something for every frame, so it is there only while a prefix is blocked. It never decides alone: it drops
+what tc would drop by a rule, and all else goes on to tc (bpf/classify.c). So nothing is wrong where it cannot be had.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ MAPS = {
 _ARPHRD_ETHER = 1  # linux/if_arp.h
 # XDP_FLAGS_* of linux/if_link.h.
 _IF_NOEXIST, _GENERIC, _NATIVE = 1 << 0, 1 << 1, 1 << 2
-_FORMS = (("native", _NATIVE), ("generic", _GENERIC))
+FORMS = {"native": _NATIVE, "generic": _GENERIC}
+_SOFT_BUSES = frozenset({"virtio", "xen", "vmbus"})
 _FOREIGN = frozenset({errno.EBUSY, errno.EEXIST})
 
 
@@ -85,17 +85,19 @@ class _Place(NamedTuple):
     ifindex: int
     hook: Hook | None
     form: str
-    again: bool = True  # whether to try again when something changed
+    again: bool = True  # whether to try when something changed
 
 
 class XdpFilter:
     """Keeps the program on the interfaces where it can be, as long as something is blocked.
 
-    program: its descriptor, None where it is not wanted or the kernel does not take it.
+    program: its descriptor, None where it is not wanted or the kernel does not take it; form: "native" or "generic"
+    and not the other, True for what costs least.
     """
 
-    def __init__(self, program: int | None, maps: Mapping[str, int]) -> None:
+    def __init__(self, program: int | None, maps: Mapping[str, int], form: bool | str = True) -> None:
         self._program = program
+        self._forms = FORMS if form is True else {str(form): FORMS[str(form)]} if form else {}
         self._id = bpfcall.program_id(program) if program is not None else 0
         self._places: dict[str, _Place] = {}
         self._macs: dict[int, bytes] = {}
@@ -137,7 +139,7 @@ class XdpFilter:
         elif before is not None and (before.hook is not None or not before.again):
             return
         else:
-            now = _attach(program, index)
+            now = _attach(program, index, _in_order(found[index], self._forms))
         self._places[ifname] = now
         if before is None or before.form != now.form:
             _tell(ifname, now)
@@ -237,16 +239,30 @@ def _obstacle(link: Any, links: Iterable[Any], own: int) -> str | None:
 
 
 def _is_vlan_on(link: Any, index: int) -> bool:
-    about = netlink.attribute(link, "IFLA_LINKINFO")
-    kind = netlink.attribute(about, "IFLA_INFO_KIND") if about is not None else None
     is_here = netlink.attribute(link, "IFLA_LINK_NETNSID") is None
-    return kind == "vlan" and is_here and netlink.attribute(link, "IFLA_LINK") == index
+    return _kind(link) == "vlan" and is_here and netlink.attribute(link, "IFLA_LINK") == index
 
 
-def _attach(program: int, index: int) -> _Place:
+def _kind(link: Any) -> str | None:
+    about = netlink.attribute(link, "IFLA_LINKINFO")
+    return netlink.attribute(about, "IFLA_INFO_KIND") if about is not None else None
+
+
+def _in_order(link: Any, forms: Mapping[str, int]) -> Mapping[str, int]:
+    """The form that costs least first (docs/xdp.md has the figures).
+
+    What comes from software, a container or a virtual machine's host, comes in super-segments of up to 64 KiB. With
+    native XDP they would be cut before they are sent (veth_xdp_set(), virtnet_xdp_set()), and each piece goes through
+    the whole kernel then. Generic XDP copies each into one piece, which costs less.
+    """
+    is_soft = _kind(link) == "veth" or netlink.attribute(link, "IFLA_PARENT_DEV_BUS_NAME") in _SOFT_BUSES
+    return dict(reversed(forms.items())) if is_soft else forms
+
+
+def _attach(program: int, index: int, forms: Mapping[str, int]) -> _Place:
     """The first form that the kernel and the driver take."""
     refusals = []
-    for form, flags in _FORMS:
+    for form, flags in forms.items():
         try:
             return _Place(index, _make_hook(program, index, flags), form)
         except OSError as error:
