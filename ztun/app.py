@@ -157,14 +157,20 @@ class Instance:
         device = platform.open_device(self.settings.tun.name, self.settings.tun.mtu)
         self.parts.device = device
         self._undo.push("the TUN device", device.close)
-        self._tell_removed(platform.recover(device.name))
+        self._tidy(platform.recover)
         routes = making.make_tun_routes(self.settings, device.name)
         self._undo.push("addresses and routes", routes.down)
         routes.up()
         self.parts.routes = routes
         return device
 
-    def _tell_removed(self, lines: Sequence[str]) -> None:
+    def _tidy(self, remove: Callable[[str], list[str]]) -> None:
+        """Remove what dead instances left, and tell of it. What resists is no reason not to start."""
+        try:
+            lines = remove(self.settings.tun.name)
+        except OSError as error:
+            log.warning("cannot remove what an earlier instance left behind", reason=str(error))
+            return
         for line in lines:
             log.warning("removed what an earlier instance left behind", what=line)
             self.parts.notes.append(f"removed left-over: {line}")
@@ -238,7 +244,7 @@ class Instance:
         self._beat()
         self.parts.require_classifier().attach()
         # Only now: what a dead instance keeps shut stays so until this one is there (capture.fail).
-        self._tell_removed(platform.sweep(self.settings.tun.name))
+        self._tidy(platform.sweep)
         for outbound in self.parts.outbounds.values():
             outbound.warm_up()
 

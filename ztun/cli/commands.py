@@ -21,8 +21,6 @@ application = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# Seconds that `ztun down` waits: longer than an instance takes to drain its flows and undo what it did.
-STOP_WAIT = 30.0
 DEFAULT_INTERVAL = 2.0  # seconds between two looks of --watch
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="The configuration file.")]
@@ -78,13 +76,10 @@ def down(
     log_level: LogLevelOption = None,
     json: JsonOption = False,
 ) -> int:
-    """Stop the running instance and wait until it is gone."""
-    pid = _client(config, socket).stop(wait=STOP_WAIT)
-    if json:
-        print(to_json({"state": "stopped", "pid": pid}))
-    else:
-        print(f"stopped (pid {pid})")
-    return 0
+    """Stop the running instance and wait until it is gone; without one, remove what a killed one left behind."""
+    from ztun.cli.down import run_down
+
+    return run_down(config, socket, json=json)
 
 
 @application.command()

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ztun.platform.linux import journal
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 
@@ -48,6 +50,7 @@ class Namespace:
     def delete(self) -> None:
         """Remove it, and what runs in it still (only we put anything there). Idempotent."""
         if self._fd >= 0:
+            _forget_states(self)
             os.close(self._fd)
             self._fd = -1
         if (path := Path("/run/netns", self.name)).exists():
@@ -107,6 +110,14 @@ class Namespace:
     def spawn(self, *argv: str, **options: Any) -> subprocess.Popen[Any]:
         """Start a program inside. It has a process group of its own, so that Ctrl-C reaches only its owner."""
         return subprocess.Popen(["ip", "netns", "exec", self.name, *argv], process_group=0, **options)
+
+
+def _forget_states(namespace: Namespace) -> None:
+    """Remove the state files of a ztun that was killed here (ztun.platform.linux.journal)."""
+    with namespace.entered():
+        number = journal.network_namespace()
+    for path in journal.DIRECTORY.glob(f"*-{number}{journal.SUFFIX}*"):
+        path.unlink(missing_ok=True)
 
 
 def _setns(fd: int) -> None:

@@ -38,32 +38,35 @@ def find_leftovers() -> list[str]:
 
     Raises OSError when the kernel does not answer.
     """
-    try:
-        found = netlink.run(lambda ip: [*_in_kernel(ip, _owners()), *_in_files(ip)])
-    except netlink.NetlinkError as error:
-        raise OSError(max(error.code, 0), f"rtnetlink: {netlink.explain(error)}") from error
-    return [each.line for each in found]
+    return _run(lambda ip: [each.line for each in chain(_in_kernel(ip, _owners()), _in_files(ip))])
 
 
 def recover(device: str) -> list[str]:
     """Put back what dead instances changed, before this process changes the same; returns a line for each.
 
     To be called once the journal of `device` is open. Filters, rules and routes are left to `sweep`: with
-    `fail: closed` they keep shut what must not pass before the new ones do.
+    `fail: closed` they keep shut what must not pass before the new ones do. Raises OSError.
     """
     own = journal.of(device)
     lines = _put_back(own.record)
     own.discard(list(own.record.sysctls))
     lines += _remove_files(own.record)
-    return lines + netlink.run(lambda ip: _remove_all(_in_files(ip, adopter=own)))
+    return lines + _run(lambda ip: _remove_all(_in_files(ip, adopter=own)))
 
 
 def sweep(device: str | None = None) -> list[str]:
     """Remove everything that belongs to no living instance; returns a line for each.
 
-    device: the TUN of this process, whose own filters and rules stay; None when it has none.
+    device: the TUN of this process, whose own filters and rules stay; None when it has none. Raises OSError.
     """
-    return netlink.run(lambda ip: _remove_all(chain(_in_kernel(ip, _owners(device)), _in_files(ip))))
+    return _run(lambda ip: _remove_all(chain(_in_kernel(ip, _owners(device)), _in_files(ip))))
+
+
+def _run(action: Callable[[Any], list[str]]) -> list[str]:
+    try:
+        return netlink.run(action)
+    except netlink.NetlinkError as error:
+        raise OSError(max(error.code, 0), f"rtnetlink: {netlink.explain(error)}") from error
 
 
 class _Owners(NamedTuple):

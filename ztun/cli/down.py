@@ -1,0 +1,49 @@
+"""`ztun down`: stop the running instance, or remove what a killed one left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ztun.cli.streams import to_json
+from ztun.control import DEFAULT_SOCKET
+from ztun.control.client import ControlClient, NotRunning, find_socket
+from ztun.errors import ZtunError
+
+# Seconds: longer than an instance takes to drain its flows and undo what it did.
+STOP_WAIT = 30.0
+
+
+def run_down(config: Path | None, socket: Path | None, *, json: bool) -> int:
+    """Returns the exit code. Raises NotRunning when there is no instance and nothing to remove, or ZtunError."""
+    try:
+        pid = ControlClient(find_socket(config, socket, DEFAULT_SOCKET)).stop(wait=STOP_WAIT)
+    except NotRunning:
+        removed = _sweep()
+        if not removed:
+            raise
+        _say_removed(removed, json=json)
+    else:
+        print(to_json({"state": "stopped", "pid": pid}) if json else f"stopped (pid {pid})")
+    return 0
+
+
+def _sweep() -> list[str]:
+    from ztun import machine, platform
+
+    try:
+        machine.require_privilege()
+    except ZtunError:
+        return []
+    try:
+        return platform.sweep()
+    except OSError as error:
+        raise ZtunError(f"cannot remove what was left behind: {error.strerror or error}") from error
+
+
+def _say_removed(removed: list[str], *, json: bool) -> None:
+    if json:
+        print(to_json({"state": "not running", "removed": removed}))
+        return
+    print("not running; removed what a killed instance left behind:")
+    for line in removed:
+        print(f"  {line}")
