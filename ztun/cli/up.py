@@ -30,8 +30,8 @@ def run_up(
     from ztun.log.system import log_system
 
     log_system.configure(log_options(settings))
-    from ztun import app
     warn_of_file(config, settings)
+    from ztun import app
 
     def announce(summary: Mapping[str, Any]) -> None:
         try:
@@ -57,13 +57,6 @@ def read_settings(
     return settings
 
 
-def log_options(settings: Settings) -> LogOptions:
-    """Section "log", and what no line may show."""
-    from ztun.log.repeats import Limit
-    from ztun.log.system import LogOptions
-
-    log = settings.log
-    return LogOptions(
 def warn_of_file(config: Path | None, settings: Settings) -> None:
     """Say in the log who else can read the file. Raises ConfigError when everybody can write it."""
     import structlog
@@ -72,6 +65,13 @@ def warn_of_file(config: Path | None, settings: Settings) -> None:
         structlog.get_logger("ztun.app").warning("the configuration file is not private", detail=line)
 
 
+def log_options(settings: Settings) -> LogOptions:
+    """Section "log", and what no line may show."""
+    from ztun.log.repeats import Limit
+    from ztun.log.system import LogOptions
+
+    log = settings.log
+    return LogOptions(
         level=log.level,
         levels=log.levels.model_dump(exclude_none=True),
         format=log.format,
