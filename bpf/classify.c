@@ -4,10 +4,14 @@
  *
  *   capture  tc ingress of each LAN interface: direct -> go on, tunnel -> redirect into the TUN, drop -> drop
  *   reply    tc ingress of the TUN: what ztun writes to a client leaves by the client's interface at once
+ *   guard    tc egress of the TUN: our own packets must not come back to us
+ *   leave    tc egress of the interfaces by which this host sends (capture.host): as capture, for its own packets
+ *   arrive   tc ingress of these: notes whose datagrams the host is going to answer
  *   xdp      XDP of each LAN interface: drop, for what is blocked and plain; all else is left to capture
  *
  * Maps and entry points are here because bcc rewrites its map syntax in the main file only.
  */
+#include "flow.h"
 #include "frame.h"
 #include "parse.h"
 
@@ -33,6 +37,12 @@ BPF_TABLE("lru_hash", struct address6, struct client, clients, MAX_CLIENTS);
 BPF_F_TABLE("lpm_trie", struct prefix4, struct decision, blocked4, MAX_PREFIXES, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("lpm_trie", struct prefix6, struct decision, blocked6, MAX_PREFIXES, BPF_F_NO_PREALLOC);
 BPF_TABLE("hash", u32, struct port, ports, MAX_PORTS);
+/* This host's own traffic. flows: captured connections -> the rule; homes: our addresses -> where packets left. */
+BPF_TABLE("hash", u32, u32, exits, MAX_EXITS);
+BPF_TABLE("lru_hash", struct flow, s32, flows, MAX_FLOWS);
+BPF_TABLE("lru_hash", struct flow, u64, arrivals, MAX_ARRIVALS);
+BPF_TABLE("lru_hash", struct piece, s32, pieces, MAX_PIECES);
+BPF_TABLE("lru_hash", struct address6, struct client, homes, MAX_HOMES);
 BPF_PERCPU_ARRAY(counters, struct counter, COUNTERS);
 BPF_PERCPU_ARRAY(rules, struct counter, MAX_RULES + RULE_OFFSET);
 
@@ -145,23 +155,39 @@ static __always_inline bool is_same(struct client *one, struct client *other)
 	return one->ifindex == other->ifindex && !different;
 }
 
-/* Written only when it differs: an LRU update takes a lock, a lookup does not. */
-static __always_inline void remember_client(struct __sk_buff *skb, struct address6 *source, __u32 link_header)
+/* The interface and who sent the frame. */
+static __always_inline struct client find_sender(struct __sk_buff *skb, __u32 link_header)
 {
-	struct client now = {.ifindex = skb->ifindex}, *known;
+	struct client sender = {.ifindex = skb->ifindex};
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 
 	/* Octets 6 to 11 of the Ethernet header, which the kernel keeps in one piece (IEEE 802.3, 3.1.1). */
 	if (link_header && data + ETH_HLEN <= end)
-		__builtin_memcpy(now.mac, data + ETH_ALEN, sizeof(now.mac));
-	known = clients.lookup(source);
+		__builtin_memcpy(sender.mac, data + ETH_ALEN, sizeof(sender.mac));
+	return sender;
+}
+
+/* Written only when it differs: an LRU update takes a lock, a lookup does not. */
+static __always_inline void remember_client(struct __sk_buff *skb, struct address6 *source, __u32 link_header)
+{
+	struct client now = find_sender(skb, link_header), *known = clients.lookup(source);
+
 	if (!known || !is_same(known, &now))
 		clients.update(source, &now);
 }
 
+static __always_inline void remember_home(struct __sk_buff *skb, struct address6 *source, __u32 link_header)
+{
+	struct client now = find_sender(skb, link_header), *known = homes.lookup(source);
+
+	if (!known || !is_same(known, &now))
+		homes.update(source, &now);
+}
+
 static __always_inline int tunnel(struct __sk_buff *skb, struct packet *packet, __u32 tun_ifindex, __u32 link_header)
 {
-	if (is_bad_source(packet))
+	/* With one of ours it would become a client, and get what is sent to us. */
+	if (is_bad_source(packet) || own.lookup(&packet->source))
 		return drop(DROP_BAD_SOURCE, packet->length);
 	/* A priority tag (VLAN 0) would be written into the middle of the packet by the TUN. */
 	if (skb->vlan_present && bpf_skb_vlan_pop(skb))
@@ -197,6 +223,37 @@ static __always_inline int parse(struct __sk_buff *skb, struct packet *packet)
 	return result < 0 ? result : parse_ports(skb, packet);
 }
 
+static __always_inline bool has_fresh_arrival(struct flow *flow)
+{
+	__u64 *arrival = arrivals.lookup(flow);
+
+	return arrival && (__s64)(bpf_ktime_get_ns() - *arrival) < ARRIVAL_NS;
+}
+
+/*
+ * A peer sent to us: what we send back is an answer, and goes the same way. Answers of DNS servers are no such thing,
+ * since each of them would let the next query from that port slip by.
+ */
+static __always_inline void note_arrival(struct __sk_buff *skb, struct packet *packet)
+{
+	struct flow flow = {.local = packet->destination, .remote = packet->source};
+	__u64 now = bpf_ktime_get_ns(), *known;
+
+	if (skb->tc_index == PUT_BACK) {
+		skb->tc_index = 0;
+		return;
+	}
+	if (packet->protocol != IPPROTO_UDP || load(skb, packet->offset, &flow.remote_port, 2))
+		return;
+	flow.local_port = packet->destination_port;
+	if (flow.remote_port == bpf_htons(53) || !own.lookup(&flow.local))
+		return;
+	known = arrivals.lookup(&flow);
+	if (known && (__s64)(now - *known) < ARRIVAL_STEP_NS)
+		return;
+	arrivals.update(&flow, &now);
+}
+
 static __always_inline int classify(struct __sk_buff *skb, __u32 link_header)
 {
 	struct packet packet = {.length = network_length(skb, link_header)};
@@ -216,6 +273,8 @@ static __always_inline int classify(struct __sk_buff *skb, __u32 link_header)
 		count_rule(rule, packet.length);
 	}
 	if (verdict == VERDICT_DIRECT) {
+		if (setting->flags & SETTING_CAPTURE_HOST)
+			note_arrival(skb, &packet);
 		count(COUNTER_VERDICT + VERDICT_DIRECT, packet.length);
 		return GO_ON;
 	}
@@ -253,6 +312,27 @@ static __always_inline int find_receiver(struct __sk_buff *skb, struct address6 
 	return 0;
 }
 
+/*
+ * To a program of this host, as if it had come in where its packets left: a program that is bound to that interface
+ * gets it, rp_filter and firewalls see nothing unusual.
+ */
+static __always_inline int put_back(struct __sk_buff *skb, struct client *home)
+{
+	struct ethhdr ethernet = {.h_proto = skb->protocol};
+	__u32 target = home->ifindex, length = skb->len;
+	__u8 different = 0;
+
+	__builtin_memcpy(ethernet.h_dest, home->mac, ETH_ALEN);
+	for (int i = 0; i < ETH_ALEN; i++)
+		different |= ethernet.h_dest[i];
+	if (different && (bpf_skb_change_head(skb, ETH_HLEN, 0) ||
+			  bpf_skb_store_bytes(skb, 0, &ethernet, sizeof(ethernet), 0)))
+		return drop(DROP_NO_ROOM, length);
+	skb->tc_index = PUT_BACK;
+	count(COUNTER_PASS + PASS_BACK, length);
+	return bpf_redirect(target, BPF_F_INGRESS);
+}
+
 int reply(struct __sk_buff *skb)
 {
 	struct address6 receiver;
@@ -261,6 +341,9 @@ int reply(struct __sk_buff *skb)
 
 	if (find_receiver(skb, &receiver))
 		return pass(PASS_TO_HOST, length);
+	client = homes.lookup(&receiver);
+	if (client)
+		return put_back(skb, client);
 	client = clients.lookup(&receiver);
 	if (!client)
 		return pass(PASS_TO_HOST, length);
@@ -329,4 +412,177 @@ int xdp(struct xdp_md *context)
 	count(COUNTER_XDP, packet.length);
 	drop(DROP_RULE, packet.length);
 	return XDP_DROP;
+}
+
+int guard(struct __sk_buff *skb)
+{
+	__u32 index = 0;
+	struct settings *setting = settings.lookup(&index);
+
+	if (setting && setting->mark && skb->mark == setting->mark)
+		return drop(DROP_LOOP, skb->len);
+	return GO_ON;
+}
+
+/* RFC 791, 3.1; RFC 8200, 4.5, where the fragment header is the first one. 0: no fragment that we know. */
+static __always_inline __u32 find_piece_id(struct __sk_buff *skb, struct packet *packet)
+{
+	__u8 next = 0;
+	__u16 id4 = 0;
+	__u32 id = 0;
+
+	if (packet->is_ipv4) {
+		load(skb, 4, &id4, sizeof(id4));
+		return id4;
+	}
+	if (load(skb, 6, &next, 1) || next != IPPROTO_FRAGMENT)
+		return 0;
+	load(skb, sizeof(struct ipv6hdr) + 4, &id, sizeof(id));
+	return id;
+}
+
+/* Later fragments follow the first one, which this host sent just before. */
+static __always_inline bool is_captured_piece(struct piece *piece, __s32 *rule)
+{
+	__s32 *known = pieces.lookup(piece);
+
+	if (known)
+		*rule = *known;
+	return known;
+}
+
+/* A connection that was captured at its beginning is so to its end, whatever becomes of the rules. */
+static __always_inline bool is_captured_flow(struct flow *flow, __s32 *rule)
+{
+	__s32 *known = flows.lookup(flow);
+
+	if (known)
+		*rule = *known;
+	return known;
+}
+
+/* The verdict about what this host began to send; -1 - a pass reason for all else. */
+static __always_inline int judge(struct packet *packet, enum kind kind, struct flow *flow, struct piece *piece,
+				 __u32 flags, __s32 *rule)
+{
+	int verdict;
+
+	if (kind == KIND_UNKNOWN)
+		return DROPPED(PASS_UNCARRIED);
+	if (kind == KIND_PIECE)
+		return is_captured_piece(piece, rule) ? VERDICT_TUNNEL : DROPPED(PASS_UNCAPTURED);
+	if (kind == KIND_TCP || kind == KIND_TCP_ERROR)
+		return is_captured_flow(flow, rule) ? VERDICT_TUNNEL : DROPPED(PASS_UNCAPTURED);
+	if ((kind == KIND_UDP || kind == KIND_UDP_ERROR) && has_fresh_arrival(flow))
+		return DROPPED(PASS_UNCAPTURED);
+	verdict = decide(packet, flags, rule);
+	if (kind == KIND_TCP_OPENING) {
+		if (verdict == VERDICT_TUNNEL)
+			flows.update(flow, rule);
+		else
+			flows.delete(flow);
+	}
+	if (packet->is_fragment) {
+		if (verdict == VERDICT_TUNNEL)
+			pieces.update(piece, rule);
+		else
+			pieces.delete(piece);
+	}
+	return verdict;
+}
+
+/* Where only queries are taken, or only one IP version: other packets have nothing to do with us. */
+static __always_inline bool is_exit_for(__u32 exit, struct packet *packet, __u32 flags)
+{
+	if (exit & (packet->is_ipv4 ? EXIT_IPV4 : EXIT_IPV6))
+		return true;
+	return (flags & SETTING_HIJACK_DNS) && packet->destination_port == bpf_htons(53);
+}
+
+static __always_inline int tunnel_host(struct __sk_buff *skb, struct packet *packet, __u32 tun_ifindex,
+				       __u32 link_header)
+{
+	if (skb->vlan_present && bpf_skb_vlan_pop(skb))
+		return drop(DROP_NO_ROOM, packet->length);
+	remember_home(skb, &packet->source, link_header);
+	count(COUNTER_VERDICT + VERDICT_TUNNEL, packet->length);
+	count(COUNTER_HOST + HOST_TUNNEL, packet->length);
+	return bpf_redirect(tun_ifindex, 0);
+}
+
+/*
+ * What is forwarded was judged where it came in. A mark is somebody's policy: ours, or that of a tunnel for its own
+ * packets. A source that is not ours belongs to a namespace that shares the interface (macvlan, ipvlan).
+ */
+static __always_inline int judge_leaving(struct __sk_buff *skb, __u32 link_header)
+{
+	struct packet packet = {.length = network_length(skb, link_header)};
+	__u32 index = 0, ifindex = skb->ifindex, *exit = exits.lookup(&ifindex);
+	struct settings *setting = settings.lookup(&index);
+	struct piece piece = {};
+	struct flow flow = {};
+	enum kind kind;
+	__s32 rule = RULE_BUILTIN;
+	int verdict;
+
+	if (!exit || !setting || (skb->vlan_present && (skb->vlan_tci & 0xfff)))
+		return GO_ON;
+	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
+		return GO_ON;
+	if (parse(skb, &packet) < 0 || !own.lookup(&packet.source))
+		return GO_ON;
+	if (skb->mark)
+		return pass(PASS_MARKED, packet.length);
+	if (!is_exit_for(*exit, &packet, setting->flags))
+		return GO_ON;
+
+	kind = parse_flow(skb, &packet, &flow);
+	if (packet.is_fragment) {
+		piece.remote = packet.destination;
+		piece.id = find_piece_id(skb, &packet);
+	}
+	verdict = judge(&packet, kind, &flow, &piece, setting->flags, &rule);
+	if (verdict < 0)
+		return pass(REASON(verdict), packet.length);
+	count_rule(rule, packet.length);
+	if (verdict == VERDICT_DIRECT) {
+		count(COUNTER_VERDICT + VERDICT_DIRECT, packet.length);
+		count(COUNTER_HOST + HOST_DIRECT, packet.length);
+		return GO_ON;
+	}
+	if (gateway_is_dead()) {
+		if (!(setting->flags & SETTING_FAIL_CLOSED))
+			return pass(PASS_FAIL_OPEN, packet.length);
+		if (verdict == VERDICT_TUNNEL)
+			return drop(DROP_GATEWAY_DEAD, packet.length);
+	}
+	if (verdict == VERDICT_TUNNEL)
+		return tunnel_host(skb, &packet, setting->tun_ifindex, link_header);
+	count(COUNTER_HOST + HOST_DROP, packet.length);
+	return drop(DROP_RULE, packet.length);
+}
+
+int leave(struct __sk_buff *skb)
+{
+	return skb->ingress_ifindex ? GO_ON : judge_leaving(skb, ETH_HLEN);
+}
+
+/* For interfaces without a link-layer header. */
+int leave_l3(struct __sk_buff *skb)
+{
+	return skb->ingress_ifindex ? GO_ON : judge_leaving(skb, 0);
+}
+
+/* The length is that of the frame, if there is one: nothing is counted here, and every octet is read with care. */
+int arrive(struct __sk_buff *skb)
+{
+	struct packet packet = {.length = skb->len};
+
+	if (skb->pkt_type != 0 /* PACKET_HOST */ || (skb->vlan_present && (skb->vlan_tci & 0xfff)))
+		return GO_ON;
+	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
+		return GO_ON;
+	if (parse(skb, &packet) >= 0)
+		note_arrival(skb, &packet);
+	return GO_ON;
 }

@@ -23,18 +23,23 @@ enum drop_reason {
 	DROP_BAD_LENGTH,      /* the length field says more than there is, or less than the header */
 	DROP_BAD_EXTENSION,   /* IPv6 extension headers run over the end, or there are too many */
 	DROP_SHORT_TRANSPORT, /* TCP or UDP without even its ports (RFC 1858: the tiny fragment attack) */
-	DROP_BAD_SOURCE,      /* a source that no answer can reach: loopback, multicast, unspecified */
+	DROP_BAD_SOURCE,      /* a source that no answer can reach: loopback, multicast, unspecified, this host's own */
 	DROP_GATEWAY_DEAD,    /* fail: closed, and no heartbeat */
 	DROP_NO_ROOM,         /* the packet could not be prepared for its new device */
+	DROP_LOOP,            /* ztun's own packet, by its mark, on its way into the TUN */
 	DROP_REASONS,
 };
 
 /* Packets that were no verdict's business. */
 enum pass_reason {
-	PASS_OTHER,     /* not IP, not to this host's MAC address, of a VLAN, or ours by its mark */
-	PASS_FAIL_OPEN, /* fail: open, and no heartbeat: would have been tunnelled or dropped */
-	PASS_REPLIES,   /* from the TUN to a client, sent straight out of its interface */
-	PASS_TO_HOST,   /* from the TUN into the kernel's own stack */
+	PASS_OTHER,      /* not IP, not to this host's MAC address, of a VLAN, or ours by its mark */
+	PASS_FAIL_OPEN,  /* fail: open, and no heartbeat: would have been tunnelled or dropped */
+	PASS_REPLIES,    /* from the TUN to a client, sent straight out of its interface */
+	PASS_TO_HOST,    /* from the TUN into the kernel's own stack */
+	PASS_MARKED,     /* of this host, with a mark: ztun's own, or of somebody with a policy of his own */
+	PASS_UNCAPTURED, /* of this host, in a flow that is not captured: direct, begun by the other side, or before us */
+	PASS_UNCARRIED,  /* of this host, neither TCP nor UDP nor an echo request: ztun could not carry it */
+	PASS_BACK,       /* from the TUN to a program of this host, by the interface that its packets left by */
 	PASS_REASONS,
 };
 
@@ -44,11 +49,20 @@ enum xdp_reason {
 	XDP_REASONS,
 };
 
-/* The index space of the per-CPU map `counters`: verdicts, then drop, pass and XDP reasons. */
+/* The part of the verdicts that was about packets of this host. */
+enum host_verdict {
+	HOST_DIRECT,
+	HOST_TUNNEL,
+	HOST_DROP,
+	HOST_REASONS,
+};
+
+/* The index space of the per-CPU map `counters`: verdicts, then drop, pass, XDP and host reasons. */
 #define COUNTER_VERDICT 0
 #define COUNTER_DROP 3
 #define COUNTER_PASS 16
 #define COUNTER_XDP 24
+#define COUNTER_HOST 28
 #define COUNTERS 32
 
 /* Rule r of the configuration counts at index r + RULE_OFFSET: the built-in rules are -1 to -4 (ztun.ports.RULE_*). */
@@ -63,12 +77,29 @@ enum xdp_reason {
 #define MAX_CLIENTS 16384
 #define MAX_OWN 1024
 #define MAX_PORTS 1024
+#define MAX_EXITS 256
+#define MAX_FLOWS 32768
+#define MAX_ARRIVALS 16384
+#define MAX_PIECES 1024
+#define MAX_HOMES 1024
 
 #define SETTING_HIJACK_DNS 1
 #define SETTING_FAIL_CLOSED 2
+#define SETTING_CAPTURE_HOST 4
+
+/* Of an interface by which this host sends: the IP versions whose prefixes count there. Port 53 does in any case. */
+#define EXIT_IPV4 1
+#define EXIT_IPV6 2
+
+/* What is written to tc_index of a packet that is put into the ingress of an interface: it did not arrive there. */
+#define PUT_BACK 31348
 
 /* How long the gateway may be silent before it counts as dead. */
 #define STALE_NS 1000000000
+
+/* A peer that sent a datagram unasked is answered for so long (RFC 4787, 4.3); written down once a second. */
+#define ARRIVAL_NS 180000000000
+#define ARRIVAL_STEP_NS 1000000000
 
 struct counter {
 	__u64 packets;
@@ -114,4 +145,18 @@ struct decision {
 	__u32 verdict;
 	__s32 rule;
 	__u64 hits;
+};
+
+/* Of TCP or UDP, as this host sees it. */
+struct flow {
+	struct address6 local;
+	struct address6 remote;
+	__be16 local_port;
+	__be16 remote_port;
+};
+
+/* The fragments of one packet of this host. */
+struct piece {
+	struct address6 remote;
+	__u32 id;
 };

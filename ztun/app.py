@@ -52,7 +52,6 @@ async def run(settings: Settings, announce: Announce) -> int:
     announce: called once, when it works, with what was done (see Report.summary). Raises ConfigError or ZtunError
     when it cannot start; everything is undone by then.
     """
-    machine.require_supported(settings)
     machine.require_privilege()
     privileges.forbid_new()
     machine.allow_many_sockets()

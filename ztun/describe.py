@@ -18,6 +18,11 @@ def describe_rules(settings: Settings) -> list[dict[str, Any]]:
     ]
 
 
+def say_captured(lan: Sequence[str], host: bool, **_others: Any) -> str:
+    """ "eth1, eth2 and this host": whose packets are looked at; empty for nobody's."""
+    return " and ".join(filter(None, (", ".join(lan), "this host" if host else "")))
+
+
 def say_conditions(rule: RuleSettings) -> str:
     """The conditions as one would say them: `domain_suffix corp.example, port 80 443`."""
     parts = []

@@ -58,12 +58,6 @@ def _may_change_network() -> bool:
     return os.geteuid() == 0
 
 
-def require_supported(settings: Settings) -> None:
-    """Raises ConfigError for what may be written but cannot be done yet, and would be missed if it was left out."""
-    if settings.capture.host:
-        raise ConfigError("capture.host: this host's own traffic cannot be captured yet; set it to false")
-
-
 def absent_interfaces(names: Sequence[str]) -> list[str]:
     """Those of capture.lan that do not exist (yet)."""
     present = {name for _, name in socket.if_nameindex()}

@@ -87,6 +87,8 @@ async def make_classifier(
         fail=capture.fail,
         own_addresses=[entry.address for entry in addresses],
         xdp=capture.xdp,
+        host=capture.host,
+        tun_addresses=[at.ip.packed for at in (settings.tun.address, settings.tun.address6) if at is not None],
     )
 
 

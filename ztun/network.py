@@ -64,6 +64,7 @@ class NetworkKeeper:
         self._parts = parts
         self._paused = False
         self._captured = dict(parts.classifier.captured())
+        self._exits: dict[str, str] = {}
         self._ways: dict[str, Path] = {}  # the last way there was to each destination
         self._addresses: list[Address] | None = None
         monitor.watch(self._destinations)
@@ -117,6 +118,7 @@ class NetworkKeeper:
             self._parts.classifier.reinstall()
 
     async def _keep_capture(self, before: NetworkState, now: NetworkState, events: Sequence[NetworkEvent]) -> None:
+        self._parts.classifier.replace_exits({to: on for to, on in now.exits.items() if to != self._parts.device})
         self._capture()
 
     def _capture(self) -> None:
@@ -131,6 +133,14 @@ class NetworkKeeper:
                 log.warning("no interface of this name, waiting for it", interface=name)
             else:
                 log.warning("cannot capture from an interface", interface=name, reason=state)
+        was, self._exits = self._exits, dict(self._parts.classifier.exits())
+        for name in was.keys() - self._exits.keys():
+            log.info("no longer a way out of this host", interface=name)
+        for name, state in self._exits.items():
+            if state == "captured" and state != was.get(name):
+                log.info("capturing what this host sends", interface=name)
+            elif state not in ("captured", "absent", was.get(name)):
+                log.warning("cannot capture what this host sends", interface=name, reason=state)
 
     async def _keep_ways(self, before: NetworkState, now: NetworkState, events: Sequence[NetworkEvent]) -> None:
         self._parts.sockets.dead = _dead_addresses(now)
@@ -196,6 +206,10 @@ class NetworkKeeper:
                 for label, path in self._best_paths(state).items()
             ],
             "lan": [self._describe_lan(name, state) for name in self._parts.lan],
+            "host": [
+                {"name": name, "state": captured, "versions": list(state.exits.get(name, ()))}
+                for name, captured in self._parts.classifier.exits().items()
+            ],
             "events": dict(self._monitor.counts),
         }
 

@@ -21,7 +21,7 @@ _NO_STATISTICS: dict[str, Any] = {
     "pool": {},
     "outbounds": {},
     "drops": {},
-    "network": {"state": "up", "egress": [], "lan": [], "events": {}},
+    "network": {"state": "up", "egress": [], "lan": [], "host": [], "events": {}},
 }
 
 
@@ -85,6 +85,7 @@ class Report:
                 "addresses": [str(at) for at in (settings.tun.address, settings.tun.address6) if at is not None],
             },
             "lan": list(settings.capture.lan),
+            "host": settings.capture.host,
             "backend": parts.require_classifier().backend,
             "dns": {"listen": parts.listen, "hijack": settings.dns.hijack, "servers": parts.servers},
             "default": {

@@ -79,12 +79,19 @@ def test_every_error_is_a_line(tmp_path: Path) -> None:
     assert json.loads(done.stdout) == {"ok": False, "errors": [line.removeprefix("ztun: ") for line in lines]}
 
 
-def test_what_the_machine_lacks_is_said_together(tmp_path: Path) -> None:
-    rules = [{"geoip": ["de"], "outbound": "direct"}]
-    wrong = {"capture": {"host": True}, "route": {"rules": rules, "geoip_database": str(tmp_path / "none.mmdb")}}
-    done = check(tmp_path, wrong)
-    assert done.returncode == 2
-    assert [line.split(": ")[1] for line in done.stderr.splitlines()] == ["capture.host", "route.geoip_database"]
+@pytest.mark.parametrize(
+    ("capture", "says"),
+    [
+        ({"host": True}, "captures   this host (auto)"),
+        ({"host": True, "lan": ["eth1", "eth2"]}, "captures   eth1, eth2 and this host (auto)"),
+        ({}, "captures   no interface (auto)"),
+    ],
+)
+def test_whose_packets_are_looked_at_is_said(tmp_path: Path, capture: dict[str, Any], says: str) -> None:
+    done = check(tmp_path, {"capture": capture})
+    assert says in done.stdout
+    done = check(tmp_path, {"capture": capture}, "--json")
+    assert json.loads(done.stdout)["capture"] == {"lan": [], "host": False, "backend": "auto", **capture}
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_an_interface_without_link_layer_header(world: World, bpf_backend: str) 
         )
         bare.replace_rules([prefix("0.0.0.0/0", Verdict.TUNNEL, 0)])
         bare.attach()
-        assert {one["name"] for one in bare.snapshot()["programs"]} == {"capture_l3", "reply"}
+        assert {one["name"] for one in bare.snapshot()["programs"]} == {"capture_l3", "reply", "guard"}
         question = udp("10.7.0.2", FAR4, 9, b"question")
         assert lan.send([vnet.EMPTY, question])
         got = read_packet(device)

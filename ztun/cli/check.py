@@ -8,11 +8,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from ztun import machine
 from ztun.cli.streams import to_json
 from ztun.config import Settings, load, to_rules
 from ztun.config.secrets import check_file
-from ztun.describe import describe_rules
+from ztun.describe import describe_rules, say_captured
 from ztun.errors import ConfigError
 from ztun.geoip import CountryDatabase
 from ztun.rules import Network, compile_prefixes, make_surroundings
@@ -25,7 +24,7 @@ def run_check(file: Path, *, json: bool) -> int:
     """
     try:
         settings = load(file, os.environ)
-        report = {"ok": True, "errors": [], "warnings": check_file(file, settings), **_look_at(settings)}
+        report = {"ok": True, "errors": [], "warnings": check_file(file, settings), **describe(settings)}
     except ConfigError as error:
         if json:
             print(to_json({"ok": False, "errors": str(error).splitlines()}))
@@ -37,27 +36,11 @@ def run_check(file: Path, *, json: bool) -> int:
     return 0
 
 
-def _look_at(settings: Settings) -> dict[str, Any]:
-    """`describe`; what this machine cannot do is said together with what is wrong with the country database."""
-    complaints: list[str] = []
-    report: dict[str, Any] = {}
-    try:
-        machine.require_supported(settings)
-    except ConfigError as error:
-        complaints.append(str(error))
-    try:
-        report = describe(settings)
-    except ConfigError as error:
-        complaints.append(str(error))
-    if complaints:
-        raise ConfigError("\n".join(complaints))
-    return report
-
-
 def describe(settings: Settings) -> dict[str, Any]:
     """What would be done, as `ztun check --json` prints it. prefixes: entries of the tables in the kernel."""
+    capture = settings.capture
     return {
-        "capture": {"lan": list(settings.capture.lan), "backend": settings.capture.backend},
+        "capture": {"lan": list(capture.lan), "host": capture.host, "backend": capture.backend},
         "dns": {"listen": _listen(settings), "hijack": settings.dns.hijack, "servers": _servers(settings)},
         "outbounds": [
             {"tag": outbound.tag, "type": outbound.type, "server": outbound.server} for outbound in settings.outbounds
@@ -96,13 +79,11 @@ def _listen(settings: Settings) -> list[str] | None:
 
 def _servers(settings: Settings) -> list[str] | None:
     return list(settings.dns.servers) if "servers" in settings.dns.model_fields_set else None
-    for line in report["warnings"]:
-        print(f"ztun: warning: {line}", file=sys.stderr)
 
 
 def _show(file: Path, report: dict[str, Any]) -> None:
     print(f"{file}: good")
-    print(f"  captures   {', '.join(report['capture']['lan']) or 'no interface'} ({report['capture']['backend']})")
+    print(f"  captures   {say_captured(**report['capture']) or 'no interface'} ({report['capture']['backend']})")
     listen = report["dns"]["listen"]
     print(
         f"  dns        {'port 53 of the captured interfaces' if listen is None else ', '.join(listen) or 'no listener'}"
@@ -115,3 +96,5 @@ def _show(file: Path, report: dict[str, Any]) -> None:
         print(f"  rule {rule['rule']:<5} {rule['conditions']} -> {rule['outbound']}")
     print(f"  default    {report['default']}")
     print(f"  prefixes   {report['prefixes']}")
+    for line in report["warnings"]:
+        print(f"ztun: warning: {line}", file=sys.stderr)

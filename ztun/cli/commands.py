@@ -59,6 +59,7 @@ def up(
     lan: Annotated[
         list[str] | None, typer.Option(metavar="IFACE", help="Capture the clients behind this interface; repeatable.")
     ] = None,
+    host: Annotated[bool, typer.Option("--host", help="Capture what this machine itself sends.")] = False,
     socket: SocketOption = None,
     log_level: LogLevelOption = None,
     json: JsonOption = False,
@@ -66,7 +67,7 @@ def up(
     """Start in the foreground; SIGINT, SIGTERM or `ztun down` undo everything it did."""
     from ztun.cli.up import run_up
 
-    return run_up(config, proxy=proxy, lan=lan or [], socket=socket, log_level=log_level, json=json)
+    return run_up(config, proxy=proxy, lan=lan or [], host=host, socket=socket, log_level=log_level, json=json)
 
 
 @application.command()
@@ -163,6 +164,22 @@ def check(
     from ztun.cli.check import run_check
 
     return run_check(file, json=json)
+
+
+@application.command()
+def doctor(
+    config: ConfigOption = None,
+    proxy: Annotated[str | None, typer.Option(metavar="URL", help="As for `ztun up`.")] = None,
+    lan: Annotated[list[str] | None, typer.Option(metavar="IFACE", help="As for `ztun up`; repeatable.")] = None,
+    host: Annotated[bool, typer.Option("--host", help="As for `ztun up`.")] = False,
+    socket: SocketOption = None,
+    log_level: LogLevelOption = None,
+    json: JsonOption = False,
+) -> int:
+    """Check this machine for what `ztun up` needs, and say what to do; changes nothing. 1: something is a problem."""
+    from ztun.cli.doctor import run_doctor
+
+    return run_doctor(config, proxy=proxy, lan=lan or [], host=host, socket=socket, log_level=log_level, json=json)
 
 
 @application.command()

@@ -85,10 +85,13 @@ def _network_line(network: Mapping[str, Any]) -> Text:
     is_up = network.get("state") == "up"
     ways = dict.fromkeys(f"{way['interface']} {way['address']}" for way in network.get("egress", ()))
     lan = [f"{each['name']} {each['state']}" for each in network.get("lan", ())]
+    host = [f"{each['name']} {each['state']}" for each in network.get("host", ()) if each["versions"]]
     parts: list[Any] = ["network ", (str(network.get("state")), "green" if is_up else "bold red")]
     parts.append(f", out by {', '.join(ways)}" if ways else ", no way out")
     if lan:
         parts.append(f", LAN {', '.join(lan)}")
+    if host:
+        parts.append(f", this host {', '.join(host)}")
     return Text.assemble(*parts)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ztun.cli.streams import forget_stdout, to_json
 from ztun.config import Settings, load
 from ztun.config.secrets import check_file
+from ztun.describe import say_captured
 from ztun.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,12 +22,13 @@ def run_up(
     *,
     proxy: str | None,
     lan: Sequence[str],
+    host: bool,
     socket: Path | None,
     log_level: str | None,
     json: bool,
 ) -> int:
     """Run a gateway. Returns the exit code; raises ConfigError or ZtunError when it cannot start."""
-    settings = read_settings(config, proxy=proxy, lan=lan, socket=socket, log_level=log_level)
+    settings = read_settings(config, proxy=proxy, lan=lan, host=host, socket=socket, log_level=log_level)
     from ztun.log.system import log_system
 
     log_system.configure(log_options(settings))
@@ -43,7 +45,13 @@ def run_up(
 
 
 def read_settings(
-    config: Path | None, *, proxy: str | None, lan: Sequence[str], socket: Path | None, log_level: str | None
+    config: Path | None,
+    *,
+    proxy: str | None,
+    lan: Sequence[str],
+    socket: Path | None,
+    log_level: str | None,
+    host: bool = False,
 ) -> Settings:
     """The settings with the options over them. Raises ConfigError, also when there is nothing to do."""
     environment = dict(os.environ)
@@ -51,7 +59,7 @@ def read_settings(
         environment["ZTUN_CONTROL__SOCKET"] = str(socket.absolute())
     if log_level is not None:
         environment["ZTUN_LOG__LEVEL"] = log_level
-    settings = load(config, environment, proxy=proxy, lan=lan)
+    settings = load(config, environment, proxy=proxy, lan=lan, host=host)
     if config is None and not settings.outbounds and not settings.route.rules:
         raise ConfigError("nothing to do: give --config FILE or --proxy URL; see `ztun up --help`")
     return settings
@@ -89,11 +97,11 @@ def log_options(settings: Settings) -> LogOptions:
 
 def _say(summary: Mapping[str, Any]) -> str:
     tun, rules = summary["tun"], summary["rules"]
-    lan = ", ".join(summary["lan"]) or "no interface (set capture.lan or --lan)"
+    captured = say_captured(summary["lan"], summary["host"]) or "no interface (give --lan IFACE or --host)"
     lines = [
         ("ztun", f"{summary['version']} is up, pid {summary['pid']}"),
         ("tun", f"{tun['name']}, {', '.join(tun['addresses'])}, MTU {tun['mtu']}"),
-        ("captures", f"{lan}, by {summary['backend']}"),
+        ("captures", f"{captured}, by {summary['backend']}"),
         ("dns", f"{', '.join(summary['dns']['listen']) or 'no listener'}{_say_hijack(summary)}"),
         ("asks", ", ".join(summary["dns"]["servers"])),
         ("default", f"{_say_outbound(summary)}, after {_say_rules(rules)}"),

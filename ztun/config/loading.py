@@ -21,17 +21,23 @@ PROXY_TAG = "proxy"
 
 
 def load(
-    path: Path | None, environ: Mapping[str, str], *, proxy: str | None = None, lan: Sequence[str] = ()
+    path: Path | None,
+    environ: Mapping[str, str],
+    *,
+    proxy: str | None = None,
+    lan: Sequence[str] = (),
+    host: bool = False,
 ) -> Settings:
     """Settings from a JSON file (None: no file), the environment over it, and the command line over both.
 
-    proxy: URL of a proxy that becomes the outbound "proxy" and the default; lan: interfaces instead of `capture.lan`.
+    proxy: URL of a proxy that becomes the outbound "proxy" and the default; lan: interfaces instead of `capture.lan`;
+    host: `capture.host` as well.
     Raises ConfigError, its message one line for each thing that is wrong.
     """
     document, problems = read_file(path) if path is not None else ({}, [])
     overlay = Overlay(Settings, document)
     overlay.read_environment(environ)
-    lines = _read_command_line(overlay, proxy, lan)
+    lines = _read_command_line(overlay, proxy, lan, host)
     settings, found = _validate(overlay.document)
     source = str(path) if path is not None else "settings"
     lines += overlay.problems
@@ -69,9 +75,11 @@ def _to_rule(rule: RuleSettings) -> Rule:
     )
 
 
-def _read_command_line(overlay: Overlay, proxy: str | None, lan: Sequence[str]) -> list[str]:
+def _read_command_line(overlay: Overlay, proxy: str | None, lan: Sequence[str], host: bool) -> list[str]:
     if lan:
         overlay.lay(("capture", "lan"), list(lan), "--lan")
+    if host:
+        overlay.lay(("capture", "host"), True, "--host")
     if proxy is None:
         return []
     try:

@@ -163,6 +163,9 @@ def differences(before: NetworkState, after: NetworkState, went: Collection[int]
         if was != now:
             where = now or was
             yield NetworkEvent("route", where.ifname if where else "", now is not None and now.up)
+    for ifname in sorted(before.exits.keys() | after.exits.keys()):
+        if before.exits.get(ifname) != after.exits.get(ifname):
+            yield NetworkEvent("route", ifname, ifname in after.exits)
 
 
 def _turns(was: Link | None, now: Link | None, went: Collection[int]) -> list[bool]:

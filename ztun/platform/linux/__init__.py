@@ -51,14 +51,17 @@ async def make_classifier(
     fail: str,
     own_addresses: Iterable[bytes],
     xdp: bool = True,
+    host: bool = False,
+    tun_addresses: Iterable[bytes] = (),
 ) -> BpfClassifier | RoutesClassifier:
     """Load the classifier for the open device `device`; it captures nothing before `attach`.
 
     backend: "auto", "bpf", "tcx", "clsact" or "routes"; fail: "open" or "closed"; own_addresses: packed;
-    xdp: drop what is blocked before there is an skb, where that can be had. Raises ZtunError.
+    xdp: drop what is blocked before there is an skb, where that can be had; host: capture what this host sends, too;
+    tun_addresses: packed, of `device`. Raises ZtunError.
     """
-    own = tuple(own_addresses)
-    return await choose(backend, Capture(device, tuple(lan), mark, hijack_dns, fail == "closed", own, xdp))
+    own, tun = tuple(own_addresses), tuple(tun_addresses)
+    return await choose(backend, Capture(device, tuple(lan), mark, hijack_dns, fail == "closed", own, xdp, host, tun))
 
 
 def make_monitor(mark: int) -> LinuxNetworkMonitor:

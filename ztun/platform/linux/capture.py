@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 class Capture(NamedTuple):
     """device: the TUN's name; lan: interface names; mark: of our own sockets; own_addresses: packed addresses of
-    this host; fail_closed: drop what a dead gateway would have tunnelled; xdp: drop what is blocked by XDP already.
+    this host; fail_closed: drop what a dead gateway would have tunnelled; xdp: drop what is blocked by XDP already;
+    host: capture what this host sends, too; tun_addresses: the packed addresses of the TUN.
     """
 
     device: str
@@ -17,4 +18,6 @@ class Capture(NamedTuple):
     hijack_dns: bool
     fail_closed: bool
     own_addresses: Sequence[bytes]
-    xdp: bool = True
+    xdp: bool | str = True  # or the one form that is wanted, "native" or "generic"
+    host: bool = False
+    tun_addresses: Sequence[bytes] = ()

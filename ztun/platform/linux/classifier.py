@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import structlog
 
 from ztun.errors import ZtunError
-from ztun.platform.linux import layout, links, tables, xdp
+from ztun.platform.linux import host, layout, links, tables, xdp
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.hooks import Hook
+from ztun.platform.linux.host import HostCapture, MakeHook
 from ztun.platform.linux.layout import CLIENT, COUNTER, DECISION, SETTINGS, U32, U64
 from ztun.platform.linux.loader import Objects
 from ztun.platform.linux.maps import Map, PerCpuCounters
@@ -22,7 +23,7 @@ from ztun.ports import RULE_BUILTIN, RULE_DEFAULT, RULE_DNS, RULE_FAKE_IP, Origi
 
 log = structlog.get_logger("ztun.classifier")
 
-PROGRAMS = ("capture", "capture_l3", "reply")
+PROGRAMS = ("capture", "capture_l3", "reply", *host.PROGRAMS)
 # Map name -> (key size, value size in bytes, kind as `bpftool map` names it).
 MAPS = {
     "settings": (U32.size, SETTINGS.size, "array"),
@@ -33,14 +34,12 @@ MAPS = {
     "learned6": (16, DECISION.size, "lru_hash"),
     "own": (16, U32.size, "hash"),
     "clients": (16, CLIENT.size, "lru_hash"),
+    **host.MAPS,
     "counters": (U32.size, COUNTER.size, "percpu_array"),
     "rules": (U32.size, COUNTER.size, "percpu_array"),
 }
 _ONLY = U32.pack(0)  # the key of an array with one element
 _BUILTIN_RULES = {RULE_DEFAULT, RULE_BUILTIN, RULE_FAKE_IP, RULE_DNS}
-
-MakeHook = Callable[[str, int, str], Hook]
-"""(program name, its descriptor, interface name) -> the program attached. Raises OSError or NetlinkError."""
 
 
 class _Attached(NamedTuple):
@@ -72,7 +71,10 @@ class BpfClassifier:
         self._prefixes6 = tables.PrefixTable(self._maps["prefixes6"])
         self._counters = PerCpuCounters(objects.maps["counters"])
         self._rules = PerCpuCounters(objects.maps["rules"])
-        self._xdp = XdpFilter(objects.programs.get(xdp.PROGRAM), objects.maps)
+        self._xdp = XdpFilter(objects.programs.get(xdp.PROGRAM), objects.maps, capture.xdp)
+        self._host = HostCapture(
+            objects.programs, objects.maps, self._shared, make_hook, capture.device, capture.lan, capture.host
+        )
         self._own: set[bytes] = set()
         self._write_settings()
         self.replace_own_addresses(capture.own_addresses)
@@ -127,6 +129,7 @@ class BpfClassifier:
         try:
             # The way back first, so that no reply of a captured packet takes the wrong one.
             self._follow(self._capture.device, self._reply)
+            self._host.follow()
             for ifname in self._capture.lan:
                 self._captured[ifname] = self._capture_from(ifname)
         except BaseException:
@@ -138,6 +141,14 @@ class BpfClassifier:
     def captured(self) -> Mapping[str, str]:
         """LAN interface -> "captured", "absent", or why its packets cannot be had."""
         return dict(self._captured)
+
+    def replace_exits(self, exits: Mapping[str, Collection[int]]) -> None:
+        """See ztun.ports.Classifier.replace_exits."""
+        self._host.replace_exits(exits)
+
+    def exits(self) -> Mapping[str, str]:
+        """See ztun.ports.Classifier.exits."""
+        return self._host.states()
 
     def reinstall(self) -> None:
         """Nothing to do: programs stay on an interface that is down, and `attach` follows a TUN that is another."""
@@ -219,12 +230,14 @@ class BpfClassifier:
             "learned6": list(tables.describe_learned(self._maps["learned6"])),
             "own": [{"address": tables.show_address(address)} for address in sorted(self._own)],
             "clients": self._describe_clients(),
+            **self._host.maps(),
             "counters": [{"counter": name, **values} for name, values in self.counters().items()],
             "rules": [{"rule": rule, **values} for rule, values in self.rule_counters().items()],
         }
         maps = [{"name": name, "type": MAPS[name][2], "entries": entries[name]} for name in MAPS]
         programs = [attached.hook.describe() for attached in self._hooks.values()]
-        return {"programs": [*programs, *self._xdp.programs()], "maps": maps, "xdp": self._xdp.describe()}
+        programs += [*self._host.programs(), *self._xdp.programs()]
+        return {"programs": programs, "maps": maps, "xdp": self._xdp.describe()}
 
     def close(self) -> None:
         """Detach and unload. Idempotent."""
@@ -234,6 +247,7 @@ class BpfClassifier:
     def _detach(self) -> None:
         self._is_attached = False
         self._captured = dict.fromkeys(self._captured, "absent")
+        self._host.close()
         self._xdp.close()
         while self._hooks:
             self._close_hook(self._hooks.popitem()[1].hook)
@@ -249,6 +263,7 @@ class BpfClassifier:
         capture, constants = self._capture, self._shared.constants
         flags = constants["SETTING_HIJACK_DNS"] if capture.hijack_dns else 0
         flags |= constants["SETTING_FAIL_CLOSED"] if capture.fail_closed else 0
+        flags |= constants["SETTING_CAPTURE_HOST"] if capture.host else 0
         self._device_index = links.find_index(capture.device, "tun.name")
         self._maps["settings"].update(_ONLY, SETTINGS.pack(self._device_index, capture.mark, flags, 0))
 
@@ -258,6 +273,7 @@ class BpfClassifier:
             "tun": capture.device,
             "mark": capture.mark,
             "hijack_dns": capture.hijack_dns,
+            "host": capture.host,
             "fail": "closed" if capture.fail_closed else "open",
         }
 

@@ -16,12 +16,21 @@ SETTINGS = struct.Struct("=IIII")
 DECISION = struct.Struct("=IiQ")
 CLIENT = struct.Struct("=I6s2x")
 PORT = struct.Struct("=6s2x")
+FLOW = struct.Struct("!16s16sHH")
+PIECE = struct.Struct("=16sI")
 PREFIX_LENGTH = struct.Struct("=I")
+I32 = struct.Struct("=i")
 U32 = struct.Struct("=I")
 U64 = struct.Struct("=Q")
 
 # enum -> the constant COUNTER_… where it starts.
-_COUNTED = {"verdict": "VERDICT", "drop_reason": "DROP", "pass_reason": "PASS", "xdp_reason": "XDP"}
+_COUNTED = {
+    "verdict": "VERDICT",
+    "drop_reason": "DROP",
+    "pass_reason": "PASS",
+    "xdp_reason": "XDP",
+    "host_verdict": "HOST",
+}
 _ENUM = re.compile(r"^enum (\w+) \{(.*?)^\};", re.MULTILINE | re.DOTALL)
 _ENUMERATOR = re.compile(r"^\s*([A-Z]\w+),", re.MULTILINE)
 _CONSTANT = re.compile(r"^#define (\w+) (-?\d+)$", re.MULTILINE)

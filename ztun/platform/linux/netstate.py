@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from ztun.platform.linux import netlink
 from ztun.platform.linux.addresses import list_addresses
+from ztun.platform.linux.exits import find_exits
 from ztun.ports import Link, NetworkState, Path
 
 T = TypeVar("T")
@@ -27,7 +28,8 @@ def read_state(mark: int, destinations: Iterable[str]) -> NetworkState:
         links = _list_links(ip)
         by_index = {link.ifindex: link for link in links.values()}
         paths = {destination: find_path(ip, destination, mark, by_index) for destination in destinations}
-        return NetworkState(links, list_addresses(ip, tentative=False), paths)
+        addresses = list_addresses(ip, tentative=False)
+        return NetworkState(links, addresses, paths, find_exits(ip, by_index, addresses))
 
     return _insist(read)
 
