@@ -73,10 +73,24 @@ def print_line(console: Console, line: str | Text, style: str = "") -> None:
     console.print(text, no_wrap=True, overflow="ellipsis", crop=True)
 
 
-def print_paragraph(console: Console, text: str, *, indent: str = "", style: str = "") -> None:
-    """Print words over as many lines as it takes, those behind the first indented."""
-    for line in textwrap.wrap(text, console.width, subsequent_indent=indent + INDENT, initial_indent=indent):
-        console.print(Text(line, style), no_wrap=True, overflow="ignore", crop=False)
+def print_paragraph(console: Console, text: str | Text, *, indent: str = "", hang: int = 2, style: str = "") -> None:
+    """Print words over as many lines as it takes, those behind the first indented by `hang` more columns.
+
+    A Text keeps its styles, and the spaces it begins with.
+    """
+    said = Text(text, style) if isinstance(text, str) else text
+    room = max(console.width - len(indent), hang + _NARROWEST)
+    lines = textwrap.wrap(
+        said.plain, room, subsequent_indent=" " * hang, break_long_words=False, break_on_hyphens=False
+    )
+    place = 0
+    for number, line in enumerate(lines):
+        words = line[hang:] if number else line
+        place = said.plain.index(words, place)
+        piece = said[place : place + len(words)]
+        place += len(words)
+        front = indent + (" " * hang if number else "")
+        console.print(Text.assemble(front, piece), no_wrap=True, overflow="ignore", crop=False)
 
 
 def _narrow(widths: dict[str, int], cuttable: list[str], room: int) -> None:

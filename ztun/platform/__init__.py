@@ -6,6 +6,7 @@ import sys
 
 if sys.platform == "darwin":
     from ztun.platform.darwin import (
+        facts,
         interface_addresses,
         make_classifier,
         make_event_loop,
@@ -20,6 +21,7 @@ if sys.platform == "darwin":
     from ztun.platform.darwin.inspection import describe_interfaces, find_leftovers, look
 else:
     from ztun.platform.linux import (
+        facts,
         interface_addresses,
         make_classifier,
         make_event_loop,
@@ -36,6 +38,7 @@ else:
 __all__ = [
     "close_journal",
     "describe_interfaces",
+    "facts",
     "find_leftovers",
     "interface_addresses",
     "look",

@@ -22,7 +22,8 @@ _TC = (("ingress", 0xFFFFFFF2), ("egress", 0xFFFFFFF3))
 _XDP_MODES = {1: "native", 2: "generic", 3: "offload", 4: "several"}
 _TCA_BPF_TAG, _TCA_BPF_ID = 10, 11  # linux/pkt_cls.h
 _NLA_HEADER = 4  # bytes, linux/netlink.h
-_TAG = "ztun:"
+_TAG = "ztun:"  # of tc filters, see hooks
+_XDP_TAG = "ztun_"  # see xdp.label
 _REFUSED = (errno.EPERM, errno.EACCES)
 
 
@@ -45,9 +46,16 @@ def list_attachments(ip: Any, sight: Sight, own: Collection[int] = ()) -> list[d
         hooked = [*_xdp(link), *_tcx(index, sight), *_filters(ip, index)]
         for each in hooked:
             _complete(each, sight)
-            each["owner"] = "ztun" if each["id"] in own or str(each["filter"]).startswith(_TAG) else "other"
+            each["owner"] = "ztun" if each["id"] in own or _is_tagged(each) else "other"
             found.append({"ifname": ifname, **each})
     return found
+
+
+def _is_tagged(entry: Mapping[str, Any]) -> bool:
+    """Whether its name says that it is ours: a tc filter's, or that of an XDP program."""
+    if entry["hook"].startswith("xdp"):
+        return str(entry["name"]).startswith(_XDP_TAG)
+    return str(entry["filter"]).startswith(_TAG)
 
 
 def _xdp(link: Any) -> Iterator[dict[str, Any]]:
