@@ -11,7 +11,7 @@ DEV_STAMP := $(VENV)/.dev
 BENCH_STAMP := $(VENV)/.bench
 FUZZ_STAMP := $(VENV)/.fuzz
 
-.PHONY: setup demo up lint test differential fuzz bench clean
+.PHONY: setup demo up lint test differential fuzz bench clean guest-packages
 
 setup: $(DEV_STAMP)
 
@@ -67,6 +67,10 @@ fuzz: $(FUZZ_STAMP)
 # make bench ARGS="--rounds 3 --seconds 2"
 bench: $(BENCH_STAMP)
 	$(BIN)/python -m bench $(ARGS)
+
+# What vagrant/image/build puts into the image of a virtual machine.
+guest-packages:
+	@echo $(PACKAGES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache bench/results fuzz/corpus fuzz/crashes

@@ -1,0 +1,20 @@
+#!/bin/sh
+# The gateway: ztun installed as the README says. Run as root in the guest, with the repository in /ztun.
+# Without an image of image/build the packages come from Debian and the dependencies from pip's index.
+set -eu
+/ztun/packaging/install-packages python3 python3-bpfcc python3-venv linux-libc-dev iproute2 bpftool nftables
+PYTHONPATH=/ztun python3 /ztun/vagrant/provision/network.py gateway
+
+[ -x /opt/ztun/bin/pip ] || python3 -m venv --system-site-packages /opt/ztun
+offline=
+[ ! -e /opt/ztun/offline ] || offline='--no-index --no-build-isolation'
+# shellcheck disable=SC2086 # two words or none
+/opt/ztun/bin/pip install --quiet --disable-pip-version-check $offline /ztun
+ln -sf /opt/ztun/bin/ztun /usr/local/bin/ztun
+
+install -m 644 /ztun/packaging/ztun.service /etc/systemd/system/ztun.service
+install -d /etc/ztun
+[ -e /etc/ztun/config.json ] || install -m 600 /ztun/vagrant/provision/config.json /etc/ztun/config.json
+systemctl daemon-reload
+systemctl enable -q ztun
+systemctl restart ztun
