@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import structlog
 
 from ztun.errors import ZtunError
-from ztun.platform.linux import journal, links, neighbours, netlink, sysctl
+from ztun.platform.linux import host_rules, journal, links, neighbours, netlink, sysctl
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.routes import PROTOCOL
 from ztun.platform.linux.tables import show_address
@@ -227,9 +227,9 @@ class RoutesClassifier:
 
     def _add_rules(self, ip: Any) -> None:
         for family in self._families():
-            for rule in self._rules():
+            for rule in self._rules(family):
                 netlink.ignoring([errno.EEXIST], ip.rule, "add", family=family, **rule)
-            if self._capture.hijack_dns:
+            if self._capture.hijack_dns or self._capture.host:
                 route = {"family": family, "oif": self._index, "table": dns_table_of(self._capture.device)}
                 ip.route("replace", dst="default", proto=PROTOCOL, **route)
 
@@ -237,7 +237,7 @@ class RoutesClassifier:
         """Rules and routes that a dead instance left in our tables, now that ours are there: no moment without."""
         routes = [route for key, entry in self._installed.items() for route in self._routes_of(key, entry)]
         wanted = {(route["dst"], route["type"], route.get("priority", 0)) for route in routes}
-        wanted_rules = [{**rule, "family": family} for family in self._families() for rule in self._rules()]
+        wanted_rules = [{**rule, "family": family} for family in self._families() for rule in self._rules(family)]
         for table, found in find_policy(ip).items():
             if table not in (table_of(self._capture.device), dns_table_of(self._capture.device)):
                 continue
@@ -254,9 +254,12 @@ class RoutesClassifier:
         has_ipv6 = sysctl.read(f"ipv6/conf/{self._capture.device}/disable_ipv6") == "0"
         return list(_FAMILIES) if has_ipv6 else [socket.AF_INET]
 
-    def _rules(self) -> list[dict[str, Any]]:
+    def _rules(self, family: int) -> list[dict[str, Any]]:
         table, dns_table = table_of(self._capture.device), dns_table_of(self._capture.device)
         rules: list[dict[str, Any]] = []
+        if self._capture.host:
+            tun = self._capture.tun_addresses
+            rules += host_rules.list_rules(family, table, dns_table, tun, self._capture.hijack_dns)
         for ifname in self._capture.lan:
             from_lan = {"iifname": ifname, "protocol": PROTOCOL}
             if self._capture.hijack_dns:
@@ -317,7 +320,7 @@ def find_policy(ip: Any) -> dict[int, Installed]:
     found: dict[int, Installed] = {}
     for family in _FAMILIES:
         for rule in ip.get_rules(family=family):
-            table = netlink.attribute(rule, "FRA_TABLE") or 0
+            table = host_rules.table_of_rule(rule)
             if table & ~0xFFFF == _TABLES and netlink.attribute(rule, "FRA_PROTOCOL") == PROTOCOL:
                 found.setdefault(table, Installed([], [])).rules.append(rule)
         for route in ip.get_routes(family=family):
@@ -355,6 +358,7 @@ def _same_rule(rule: Any) -> dict[str, Any]:
         "FRA_DPORT_RANGE": "dport_range",
     }
     found = {keyword: netlink.attribute(rule, name) for name, keyword in names.items()}
+    found |= host_rules.describe_rule(rule)
     return {"family": rule["family"], **{keyword: value for keyword, value in found.items() if value is not None}}
 
 

@@ -173,6 +173,10 @@ def _describe_rule(rule: Any) -> dict[str, Any]:
         "iif": netlink.attribute(rule, "FRA_IIFNAME"),
         "table": netlink.attribute(rule, "FRA_TABLE"),
     }
+    if netlink.attribute(rule, "FRA_SRC"):
+        described["from"] = f"{netlink.attribute(rule, 'FRA_SRC')}/{rule['src_len']}"
+    if netlink.attribute(rule, "FRA_IP_PROTO") and not ports:
+        described["ip_protocol"] = netlink.attribute(rule, "FRA_IP_PROTO")
     if ports:
         described["ip_protocol"] = netlink.attribute(rule, "FRA_IP_PROTO")
         described["port"] = int(ports.partition(":")[0])
