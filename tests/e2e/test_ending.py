@@ -114,8 +114,7 @@ def test_after_sigkill_direct_traffic_flows_and_up_works_again(lab: Lab, backend
     again = lab.ztun(on(backend, control={"socket": str(instance.socket_path)}))
     assert lab.page("http://site.test/")["client"] in (plan.UPSTREAM4, plan.UPSTREAM6)
     assert again.stop() == 0
-    # Sysctls are the one thing nobody puts back after a kill.
-    assert [line for line in differences(before, snapshot(lab.gateway)) if not line.startswith("sysctl")] == []
+    assert differences(before, snapshot(lab.gateway)) == []
 
 
 def test_killed_with_fail_closed_lets_nothing_slip_past_the_proxy(lab: Lab) -> None:
