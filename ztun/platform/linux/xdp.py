@@ -99,6 +99,7 @@ class XdpFilter:
         self._program = program
         self._forms = FORMS if form is True else {str(form): FORMS[str(form)]} if form else {}
         self._id = bpfcall.program_id(program) if program is not None else 0
+        self._tag = bpfcall.program_info(program).tag if program is not None else ""
         self._places: dict[str, _Place] = {}
         self._macs: dict[int, bytes] = {}
         if program is not None:
@@ -152,9 +153,9 @@ class XdpFilter:
         self._macs = macs
 
     def programs(self) -> list[dict[str, Any]]:
-        """[{"name", "hook", "ifname", "id"}] of those that are attached."""
+        """[{"name", "hook", "ifname", "id", "tag"}] of those that are attached."""
         return [
-            {"name": PROGRAM, "hook": f"xdp/{place.form}", "ifname": ifname, "id": self._id}
+            {"name": PROGRAM, "hook": f"xdp/{place.form}", "ifname": ifname, "id": self._id, "tag": self._tag}
             for ifname, place in self._places.items()
             if place.hook is not None
         ]
