@@ -89,10 +89,9 @@ def _print_interfaces(console: Console, interfaces: Sequence[Mapping[str, Any]])
 
 
 def _say_program(one: Mapping[str, Any]) -> str:
-    """Its longest is 4 columns short of 80 for ours: `clsact/ingress  capture  id 4294967295  tag 0123456789abcdef`."""
     name = one["name"] or one.get("filter") or "?"
     ours = "" if one["owner"] == "ztun" else "  not ours"
-    return f"{one['hook']:<14}  {name[:15]:<15}  id {say(one['id']):<6}  tag {say(one['tag'])}{ours}"
+    return f"{one['hook']:<14}  {name[:15]:<15}  id {say(one['id']):<7}  tag {say(one['tag'])}{ours}"
 
 
 def _print_lines(console: Console, title: str, entries: Any) -> None:

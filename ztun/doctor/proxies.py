@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from base64 import b64encode
 
@@ -39,8 +40,8 @@ async def _try(outbound: OutboundSettings, timeout: float) -> str | None:
         except TimeoutError:
             why = f"{outbound.server} is silent for {timeout:g} s"
         except (OSError, EOFError) as error:
-            said = getattr(error, "strerror", None) or str(error) or "closed"
-            why = f"{outbound.server}: {said.lower()}"
+            code = getattr(error, "errno", None)
+            why = f"{outbound.server}: {os.strerror(code).lower() if code else 'closes the connection'}"
         if why is None:
             return None
     return why

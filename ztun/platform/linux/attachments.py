@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ztun.platform.linux import bpfcall, netlink
@@ -18,12 +19,13 @@ from ztun.platform.linux import bpfcall, netlink
 _TCX = (("ingress", bpfcall.TCX_INGRESS), ("egress", bpfcall.TCX_EGRESS))
 # TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS) and …_EGRESS, linux/pkt_sched.h. The older qdisc `ingress` has the first too.
 _TC = (("ingress", 0xFFFFFFF2), ("egress", 0xFFFFFFF3))
-# IFLA_XDP_ATTACHED, linux/if_link.h.
-_XDP_MODES = {1: "native", 2: "generic", 3: "offload", 4: "several"}
+# IFLA_XDP_ATTACHED (linux/if_link.h) as pyroute2 names its values.
+_XDP_MODES = {"xdp": "native", "xdpgeneric": "generic", "xdpoffload": "offload", "xdpmulti": "several"}
 _TCA_BPF_TAG, _TCA_BPF_ID = 10, 11  # linux/pkt_cls.h
 _NLA_HEADER = 4  # bytes, linux/netlink.h
 _TAG = "ztun:"  # of tc filters, see hooks
 _XDP_TAG = "ztun_"  # see xdp.label
+_NONE: Mapping[int, Mapping[str, Any]] = MappingProxyType({})
 _REFUSED = (errno.EPERM, errno.EACCES)
 
 
@@ -38,14 +40,14 @@ class Sight:
             self.unseen.append(what)
 
 
-def list_attachments(ip: Any, sight: Sight, own: Collection[int] = ()) -> list[dict[str, Any]]:
-    """Every program on every interface. own: ids of our programs, besides those that our filters' names tell of."""
+def list_attachments(ip: Any, sight: Sight, own: Mapping[int, Mapping[str, Any]] = _NONE) -> list[dict[str, Any]]:
+    """Every program on every interface. own: our programs by their ids, with their names and tags."""
     found: list[dict[str, Any]] = []
     for link in ip.get_links():
         ifname, index = netlink.attribute(link, "IFLA_IFNAME"), link["index"]
         hooked = [*_xdp(link), *_tcx(index, sight), *_filters(ip, index)]
         for each in hooked:
-            _complete(each, sight)
+            _complete(each, sight, own)
             each["owner"] = "ztun" if each["id"] in own or _is_tagged(each) else "other"
             found.append({"ifname": ifname, **each})
     return found
@@ -110,8 +112,11 @@ def _entry(hook: str, direction: str, number: int | None) -> dict[str, Any]:
     return {"hook": hook, "direction": direction, "name": None, "id": number, "tag": None, "filter": None}
 
 
-def _complete(entry: dict[str, Any], sight: Sight) -> None:
+def _complete(entry: dict[str, Any], sight: Sight, own: Mapping[int, Mapping[str, Any]]) -> None:
     """Fill in what only the program itself tells."""
+    if entry["id"] in own:
+        entry.update({key: own[entry["id"]].get(key) for key in ("name", "tag")})
+        return
     if entry["id"] is None:
         return
     try:

@@ -35,9 +35,6 @@ def describe_interfaces(
         links, attached = netlink.run(lambda ip: (_links(ip), list_attachments(ip, sight, own)))
     except netlink.NetlinkError as error:
         raise OSError(max(error.code, 0), f"rtnetlink: {netlink.explain(error)}") from error
-    for each in attached:
-        ours = own.get(each["id"], {})
-        each.update({key: ours[key] for key in ("name", "tag") if key in ours})
     names = dict.fromkeys([*captured, device, *(each["ifname"] for each in attached)])
     return {
         "interfaces": [_describe(name, device, captured, links, attached) for name in names],
