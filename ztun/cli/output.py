@@ -61,9 +61,13 @@ def rows(
     names = {column: column.replace("_", " ") for column in columns}
     widths = {column: max(len(names[column]), *(len(cell.get(column, "-")) for cell in cells)) for column in columns}
     _narrow(widths, [column for column in columns if column not in fixed], console.width - len(INDENT))
-    for number, cell in enumerate([names, *cells]):
-        texts = [_fit(cell.get(column, "-"), widths[column], column in right) for column in columns]
-        print_line(console, INDENT + "  ".join(texts), style="" if number else "dim")
+    lines = [
+        INDENT + "  ".join(_fit(cell.get(column, "-"), widths[column], column in right) for column in columns).rstrip()
+        for cell in [names, *cells]
+    ]
+    print_line(console, lines[0], style="dim")
+    # Past rich, which takes many times as long for the rows of a large table.
+    console.file.writelines(f"{_fit(line, console.width, False).rstrip()}\n" for line in lines[1:])
 
 
 def print_line(console: Console, line: str | Text, style: str = "") -> None:
