@@ -83,4 +83,8 @@ class Pulse:
 
     def _beat(self) -> None:
         self._timer = self._loop.call_later(self._interval, self._beat)
-        notify(self._state.format(self._say()))
+        try:
+            line = self._say()
+        except Exception:
+            line = ""  # the loop turns all the same
+        notify(self._state.format(line))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -157,9 +158,9 @@ def _explain(answer: Mapping[str, Any], code: int, said: IO[bytes]) -> str:
     if "error" not in answer:
         end = f"was ended by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ended with code {code}"
         return ": ".join(filter(None, (_FAILED, f"the compiler {end}", complaint)))
-    if "error:" in complaint.lower():
-        return f"{_FAILED}: {complaint}"
-    return ": ".join(filter(None, (_FAILED, answer["error"], complaint)))
+    told = [complaint] if "error:" in complaint.lower() else [answer["error"], complaint]
+    hint = "; needs root, or CAP_BPF and CAP_NET_ADMIN" if os.strerror(errno.EPERM) in "".join(told) else ""
+    return ": ".join(filter(None, (_FAILED, *told))) + hint
 
 
 def _find_complaint(text: str) -> str:
