@@ -58,6 +58,18 @@ def test_the_window_of_the_client_is_not_exceeded(client: Client) -> None:
     assert len(client.hears_all()) == 8000
 
 
+def test_a_window_that_opens_with_data_lets_go_what_waited(client: Client) -> None:
+    """The update need not be a segment of its own, nor acknowledge anything."""
+    app = client.connects(mss=1000)
+    client.acknowledges(window=2500)
+    app.sends(bytes(20000))
+    assert len(client.hears_all()) == 2000
+    client.acknowledges(2001, window=500)
+    client.hears_nothing()  # not worth a segment
+    client.says(ACK | PSH, b"more room", ack=2001, window=8000)
+    assert len(client.hears_all()) == 8000
+
+
 def test_a_scaled_window_is_read_with_its_scale(client: Client) -> None:
     app = client.connects(mss=1000, wscale=3)
     client.acknowledges(window=500)

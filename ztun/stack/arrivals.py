@@ -12,7 +12,8 @@ from ztun.wire import tcp
 from ztun.wire.sequence import MASK, unwrap
 from ztun.wire.tcp import ACK, FIN, RST, SYN
 
-_CONTROL = ACK | FIN | RST | SYN
+_EXCEPTIONS = ACK | RST | SYN  # of these, the short way takes only ACK
+_OPEN = (State.ESTABLISHED, State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSE_WAIT, State.LAST_ACK)  # likeliest first
 _PAWS_IDLE = 24 * 86400.0  # RFC 7323 section 5.5: an idle connection's TS.Recent is no longer trusted
 
 
@@ -72,13 +73,13 @@ class Arrivals(Segments):
         step = (ack - una) & MASK
         length = end - payload
         if (
-            self.state is not State.ESTABLISHED
-            or bits & _CONTROL != ACK
+            self.state not in _OPEN
+            or bits & _EXCEPTIONS != ACK
             or seq != nxt & MASK
             or payload - start != self._usual_header
             or length < 0
             or step > tx.nxt - una
-            or not (step or length)
+            or not (step or length or bits & FIN)
             or length > rx.edge - nxt
             or rx.fin is not None
             or rx.reassembly is not NO_PIECES
@@ -96,22 +97,39 @@ class Arrivals(Segments):
             if nxt == self.last_ack_sent:  # RFC 7323 section 4.3
                 self.stamp_recent = value
                 self._stamp_recent_at = now
-        self.last_heard = self.last_data = now
+        self.last_heard = now
         self._probes = 0
         window <<= self.scale
         grew = window > tx.wnd
         tx.set_window(window, nxt, una + step)
         if step:
+            self.last_data = now
             tx.advance(una + step, now)
-        if step or grew:
-            assert self.handler is not None
-            self.handler.writable(now)
-            if self.is_closed:
-                return False
+        elif grew and tx.unsent():
+            tx.transmit(now)
+        if self.state is State.ESTABLISHED or self.state is State.CLOSE_WAIT:
+            if step or grew:
+                assert self.handler is not None
+                self.handler.writable(now)
+        elif step:
+            self._acknowledged_fin(now)
+        if self.state is State.CLOSED:
+            return False
+        if bits & FIN:
+            return self._take_last(packet, payload, end, now)
         if not length:
             return False
         kept = self._deliver(packet[payload:end], now)
         self._acknowledge_later()
+        return kept
+
+    def _take_last(self, packet: memoryview, payload: int, end: int, now: float) -> bool:
+        """The next in line, and the FIN behind it."""
+        rx = self.rx
+        rx.fin = rx.nxt + end - payload
+        kept = payload < end and self._deliver(packet[payload:end], now)
+        if self.state is not State.CLOSED:
+            self._take_fin(now)
         return kept
 
     def _receive_any(
