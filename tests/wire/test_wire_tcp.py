@@ -135,3 +135,13 @@ def test_a_vnet_header_there_and_back(fields: tuple[int, int, int, int, int, int
     assert len(packed) == vnet.LENGTH
     assert vnet.unpack(packed + b"packet") == fields
     assert packed[2:4] == struct.pack("=H", fields[2]), "in host order"
+
+
+@given(st.integers(0, 65535), st.tuples(*[st.integers(0, 2**32 - 1)] * 2), st.integers(0, 255), st.integers(0, 19))
+def test_the_layout_of_linux_reads_as_any_other_does(
+    mss: int, stamps: tuple[int, int], scale: int, broken: int
+) -> None:
+    data = tcp.pack_options(tcp.Options(mss, scale, True, stamps))
+    assert len(data) == 20
+    for case in (data, data[:broken] + bytes((data[broken] ^ 1,)) + data[broken + 1 :]):
+        assert tcp.parse_options(memoryview(case)) == tcp._parse_options(memoryview(case))

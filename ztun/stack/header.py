@@ -9,6 +9,7 @@ payload. A segment larger than the MSS goes out whole with gso_size set, to be c
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from typing import Protocol
 
 from ztun.wire import checksum, ip, tcp, udp, vnet
@@ -61,6 +62,7 @@ class FlowHeader:
     """
 
     __slots__ = (
+        "_addresses",
         "_base",
         "_gso",
         "_ip_base",
@@ -78,29 +80,22 @@ class FlowHeader:
         self._key = key
         self._v6 = len(key) == 36
         self._ip_length = 40 if self._v6 else 20
-        self._base = checksum.pseudo_sum(key[:-4], ip.TCP, 0)
+        self._addresses = checksum.ones_sum(key[:-4])
+        self._base = self._addresses + ip.TCP
         self.set_ip(hop_limit, traffic_class)
-        self._plain = vnet.pack(vnet.NEEDS_CSUM, vnet.GSO_NONE, 0, 0, self._ip_length, _CSUM_OFFSET)
-        self._gso = self._plain
+        self._plain = self._gso = _vnet_header(self._ip_length, 0, 0)
         self._size = 0
         self.overhead = self._ip_length + 20
 
     def set_ip(self, hop_limit: int, traffic_class: int) -> None:
         """hop_limit: TTL or Hop Limit, 1-255; traffic_class: the DSCP in its six upper bits, 0-255 (RFC 2474)."""
-        if self._v6:
-            self._ip_front = (0x60000000 | traffic_class << 20).to_bytes(4, "big")
-            self._ip_tail = bytes((ip.TCP, hop_limit))
-            self._ip_base = 0
-            return
-        self._ip_front = bytes((0x45, traffic_class))
-        self._ip_tail = struct.pack("!HHBB", 0, 0x4000, hop_limit, ip.TCP)  # DF, and ID 0 (RFC 6864)
-        self._ip_base = checksum.ones_sum(self._ip_front + bytes(2) + self._ip_tail + self._key[:-4])
+        self._ip_front, self._ip_tail, fixed = _ip_header(self._v6, hop_limit, traffic_class)
+        self._ip_base = (self._addresses + fixed) % 0xFFFF
 
     def set_segment_size(self, size: int, options: int) -> None:
         """size: payload bytes of a full segment; options: bytes of options that a data segment carries."""
-        gso_type = vnet.GSO_TCPV6 if self._v6 else vnet.GSO_TCPV4
         self._size = size
-        self._gso = vnet.pack(vnet.NEEDS_CSUM, gso_type, self.overhead + options, size, self._ip_length, _CSUM_OFFSET)
+        self._gso = _vnet_header(self._ip_length, self.overhead + options, size)
 
     def largest_payload(self, options: int) -> int:
         """The most bytes that one super-segment can carry: whole segments within what the IP length field can say."""
@@ -133,6 +128,23 @@ class FlowHeader:
             )
             + options
         )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _ip_header(v6: bool, hop_limit: int, traffic_class: int) -> tuple[bytes, bytes, int]:
+    """What flows have in common: the fields before and behind the length, and for IPv4 the sum of both."""
+    if v6:
+        return (0x60000000 | traffic_class << 20).to_bytes(4, "big"), bytes((ip.TCP, hop_limit)), 0
+    front = bytes((0x45, traffic_class))
+    tail = struct.pack("!HHBB", 0, 0x4000, hop_limit, ip.TCP)  # DF, and ID 0 (RFC 6864)
+    return front, tail, checksum.ones_sum(front + bytes(2) + tail)
+
+
+@lru_cache(maxsize=256)
+def _vnet_header(ip_length: int, header: int, size: int) -> bytes:
+    """For segments of `size` bytes behind `header` bytes of header; size 0: for one that goes as it is."""
+    gso_type = vnet.GSO_NONE if not size else vnet.GSO_TCPV6 if ip_length == 40 else vnet.GSO_TCPV4
+    return vnet.pack(vnet.NEEDS_CSUM, gso_type, header, size, ip_length, _CSUM_OFFSET)
 
 
 # virtio_net_hdr, version/TOS, total length, ID/flags/TTL/protocol, checksum, addresses and ports, UDP length, checksum.

@@ -17,6 +17,10 @@ TIMESTAMP_LEAD = 0x0101080A
 TIMESTAMPS = struct.Struct("!III")
 
 
+# MSS, SACK permitted, timestamps, NOP, window scale: the SYN of Linux.
+_LINUX_SYN = struct.Struct("!HHIIIHBB")
+
+
 class Options(NamedTuple):
     """mss in bytes; window_scale as a shift; timestamps as (TSval, TSecr); sack as (left, right) wire numbers."""
 
@@ -31,6 +35,15 @@ NO_OPTIONS = Options()
 
 
 def parse_options(data: memoryview) -> Options:
+    """Parse the option bytes of a SYN. The layout of Linux and Android has a short way."""
+    if len(data) == _LINUX_SYN.size:
+        lead, mss, middle, value, echo, last, length, scale = _LINUX_SYN.unpack(data)
+        if lead == 0x0204 and middle == 0x0402080A and last == 0x0103 and length == 3:
+            return Options(mss, scale if scale < MAX_WINDOW_SCALE else MAX_WINDOW_SCALE, True, (value, echo))
+    return _parse_options(data)
+
+
+def _parse_options(data: memoryview) -> Options:
     """Parse the option bytes. A broken option ends the list, as the kernel does; unknown ones are skipped."""
     mss = scale = stamps = None
     permitted = False
@@ -69,11 +82,14 @@ def read_options(packet: memoryview, start: int, payload: int) -> Options:
             return Options(timestamps=(value, echo))
     elif payload - start == 20:
         return NO_OPTIONS
-    return parse_options(packet[start + 20 : payload])
+    return _parse_options(packet[start + 20 : payload])
 
 
 def pack_options(options: Options) -> bytes:
     """Option bytes padded with NOPs to a multiple of four."""
+    if options.sack_permitted and options.timestamps is not None and None not in (options.mss, options.window_scale):
+        scale = options.window_scale
+        return _LINUX_SYN.pack(0x0204, options.mss, 0x0402080A, *options.timestamps, 0x0103, 3, scale)
     out = b""
     if options.mss is not None:
         out += struct.pack("!BBH", _MSS, 4, options.mss)
