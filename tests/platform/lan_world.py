@@ -114,11 +114,14 @@ class Bench:
                 table.delete_many(keys)
 
     def run(self, data: bytes, *, program: str = "capture", mark: int = 0) -> int:
-        """What the program returns for a frame: GO_ON, SHOT or REDIRECT. The heart beats unless `is_alive` is off."""
+        """What the program returns for a frame: GO_ON, SHOT or REDIRECT, or an action of XDP. The heart beats unless
+        `is_alive` is off.
+        """
         if self.is_alive:
             self.classifier.heartbeat()
         held = ctypes.create_string_buffer(data, len(data))
         context = ctypes.create_string_buffer(struct.pack("=II", 0, 0) + struct.pack("=I", mark), 192)
+        length = 0 if program == "xdp" else len(context)  # that of XDP would have to tell where the frame ends
         attr = attributes(
             "=IIIIQQIIIIQQ",
             self.objects.programs[program],
@@ -129,9 +132,9 @@ class Bench:
             0,
             1,
             0,
-            len(context),
+            length,
             0,
-            ctypes.addressof(context),
+            ctypes.addressof(context) if length else 0,
             0,
         )
         bpf_call(PROG_TEST_RUN, attr)
@@ -201,6 +204,7 @@ class World:
         hijack_dns: bool = False,
         fail: str = "open",
         attach: bool = True,
+        xdp: bool | str = True,
     ) -> Iterator[tuple[TunDevice, BpfClassifier | RoutesClassifier]]:
         """The device up and the classifier attached, all undone at the end."""
         device = open_tun(TUN, 1500)
@@ -210,7 +214,7 @@ class World:
             routes.up()
             own = [packed(GATEWAY4), packed("fd00:9::1")]
             classifier = make_classifier(
-                backend, TUN, ["lan0"], mark=MARK, hijack_dns=hijack_dns, fail=fail, own_addresses=own
+                backend, TUN, ["lan0"], mark=MARK, hijack_dns=hijack_dns, fail=fail, own_addresses=own, xdp=xdp
             )
             classifier.replace_rules([*EVERYTHING, *SERVERS_DIRECT, *prefixes])
             if attach:

@@ -75,7 +75,7 @@ class CaptureSettings(Section):
     host: Flag = False
     backend: Literal["auto", "bpf", "tcx", "clsact", "routes"] = "auto"
     fail: Literal["open", "closed"] = "open"
-    xdp: Flag = True
+    xdp: Annotated[bool | str, PlainValidator(values.parse_xdp), patterns.XDP] = True
 
 
 class FakeIpSettings(Section):

@@ -28,6 +28,7 @@ KEYWORD = _text(r"^[A-Za-z0-9._-]{1,253}$", "telemetry")
 COUNTRY = _text(r"^[A-Za-z]{2}$", "de")
 TAG = _text(r"^[A-Za-z0-9_.-]{1,64}$", "office")
 SERVER = _text(r"^(\[[^\]]+\]|[^\[\]:@/]+):[0-9]{1,5}$", "10.1.1.1:1080", "[2001:db8::1]:1080")
+XDP = WithJsonSchema({"enum": [True, False, "native", "generic"]})
 PATH = WithJsonSchema({"type": "string", "minLength": 1})
 PORTS = WithJsonSchema(
     {

@@ -24,7 +24,7 @@ DESCRIPTIONS = {
     "capture.host": "Whether this host's own packets are looked at as well.",
     "capture.backend": "How packets are captured; auto takes the best that this kernel has.",
     "capture.fail": "What happens to traffic of the proxies while ztun does not answer: open lets it pass.",
-    "capture.xdp": "Whether XDP drops blocked prefixes, before the kernel makes packets of frames, where it can.",
+    "capture.xdp": "Whether XDP drops blocked prefixes, in the form that costs least, or in one form only.",
     "dns": "The DNS service.",
     "dns.listen": "Where it listens, address:port; left out: port 53 of the captured interfaces.",
     "dns.hijack": "Whether queries to other servers are answered too.",

@@ -304,6 +304,13 @@ def parse_interface_name(value: Any) -> str:
     return text
 
 
+def parse_xdp(value: Any) -> bool | str:
+    """Whether, or in which form."""
+    if value is True or value is False or value in ("native", "generic"):
+        return value  # type: ignore[no-any-return]
+    raise ValueError(f"must be true, false, 'native' or 'generic', not {describe(value)}")
+
+
 def parse_tag(value: Any) -> str:
     text = need_text(value)
     if not _TAG.fullmatch(text):

@@ -50,7 +50,7 @@ async def make_classifier(
     hijack_dns: bool,
     fail: str,
     own_addresses: Iterable[bytes],
-    xdp: bool = True,
+    xdp: bool | str = True,
     host: bool = False,
     tun_addresses: Iterable[bytes] = (),
 ) -> BpfClassifier | RoutesClassifier:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import structlog
 
-from ztun.platform.linux import hooks, journal, netlink, policy, sysctl
+from ztun.platform.linux import hooks, journal, netlink, policy, sysctl, xdp
 from ztun.platform.linux.journal import Journal, Record
 
 log = structlog.get_logger("ztun.app")
@@ -89,7 +89,11 @@ class _Owners(NamedTuple):
 
 def _owners(device: str | None = None) -> _Owners:
     living = {name for _, name in socket.if_nameindex()}
-    living |= {found.record.device for found in journal.find_all() if found.alive and found.record is not None}
+    living |= {
+        found.record.device
+        for found in journal.find_all()
+        if found.alive and found.record is not None and found.is_here()
+    }
     return _Owners(frozenset(living), journal.of(device) if device is not None else None)
 
 
@@ -105,6 +109,8 @@ def _in_kernel(ip: Any, owners: _Owners) -> Iterator[Leftover]:
             if not owners.owns_filter(index, found):
                 remove = partial(hooks.remove_filters, ip, index, found.device, [found.parent])
                 yield Leftover(f"tc filter {found.name} on {ifname}", remove)
+    for index, ifname in xdp.find_dead(ip, owners.living):
+        yield Leftover(f"XDP program on {ifname}", partial(xdp.remove, ip, index))
     if owners.own is not None:
         yield from _unused_qdiscs(ip, owners.own)
 

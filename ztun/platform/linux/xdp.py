@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -28,6 +29,7 @@ MAPS = {
     "blocked6": (U32.size + 16, DECISION.size, "lpm_trie"),
     "ports": (U32.size, PORT.size, "hash"),
 }
+_LABEL = re.compile(r"ztun_[0-9a-f]{8}")
 _ARPHRD_ETHER = 1  # linux/if_arp.h
 # XDP_FLAGS_* of linux/if_link.h.
 _IF_NOEXIST, _GENERIC, _NATIVE = 1 << 0, 1 << 1, 1 << 2
@@ -73,7 +75,7 @@ class NetlinkHook:
             netlink.run(self._remove)
 
     def _remove(self, ip: Any) -> None:
-        links = {link["index"]: link for link in ip.get_links()}
+        links = _links(ip)
         # Somebody may have put another one in its place.
         if self._index in links and attached(links[self._index]) == self._id:
             netlink.ignoring([errno.ENODEV], _set_program, ip, self._index, -1, self._flags)
@@ -122,7 +124,7 @@ class XdpFilter:
         if self._program is None or not (self._is_needed or self._places):
             return
         wanted = captured if self._is_needed else {}
-        found = netlink.run(lambda ip: {link["index"]: link for link in ip.get_links()})
+        found = netlink.run(_links)
         for ifname in [name for name, place in self._places.items() if wanted.get(name) != place.ifindex]:
             self._close_hook(ifname, self._places.pop(ifname).hook)
         self._write_macs([found[index] for index in wanted.values() if index in found])
@@ -132,7 +134,10 @@ class XdpFilter:
 
     def _follow_one(self, ifname: str, index: int, program: int, found: Mapping[int, Any]) -> None:
         before = self._places.get(ifname)
-        obstacle = _obstacle(found[index], found.values(), self._id)
+        if attached(found[index]) not in (None, 0, self._id) and self._is_left_over(found[index]):
+            netlink.run(lambda ip: remove(ip, index))
+            found = netlink.run(_links)
+        obstacle = _obstacle(found[index], found.values(), self._id) if index in found else "it is gone"
         if obstacle is not None:
             if before is not None:
                 self._close_hook(ifname, before.hook)
@@ -144,6 +149,11 @@ class XdpFilter:
         self._places[ifname] = now
         if before is None or before.form != now.form:
             _tell(ifname, now)
+
+    def _is_left_over(self, link: Any) -> bool:
+        """Of a dead gateway with our TUN, from a kernel without XDP links: two do not live under one name."""
+        assert self._program is not None
+        return _name_of(attached(link)) == bpfcall.program_info(self._program).name
 
     def _write_macs(self, wanted: Iterable[Any]) -> None:
         macs = {link["index"]: _mac(link) for link in wanted if link["ifi_type"] == _ARPHRD_ETHER}
@@ -197,26 +207,30 @@ def attached(link: Any) -> int | None:
     return netlink.attribute(about, "IFLA_XDP_PROG_ID") if about is not None else None
 
 
-def sweep(ip: Any, device: str) -> list[str]:
-    """Remove programs that a dead gateway with this TUN left behind, which older kernels let happen.
+def find_dead(ip: Any, living: Iterable[str]) -> list[tuple[int, str]]:
+    """(index, name) of interfaces with a program of a gateway whose TUN is none of `living`, as older kernels have it.
 
-    Returns a line for each. Without CAP_SYS_ADMIN nobody can tell whose a program is, and it stays: it does nothing.
+    Without CAP_SYS_ADMIN nobody can tell whose a program is. It stays then, and passes everything.
     """
-    removed = []
+    alive = {label(device) for device in living}
+    found = []
     for link in ip.get_links():
-        number = attached(link)
-        if number and _name_of(number) == label(device):
-            try:
-                _set_program(ip, link["index"], -1, 0)
-            except netlink.NetlinkError:
-                continue  # a link holds it: it is nobody's left-over
-            removed.append(f"XDP program on {netlink.attribute(link, 'IFLA_IFNAME')}")
-    return removed
+        name = _name_of(attached(link))
+        if name is not None and _LABEL.fullmatch(name) and name not in alive:
+            found.append((link["index"], netlink.attribute(link, "IFLA_IFNAME")))
+    return found
 
 
-def _name_of(number: int) -> str | None:
+def remove(ip: Any, index: int) -> None:
+    """Take the program from an interface. One that a BPF link holds stays: its process lives."""
+    for flags in FORMS.values():
+        netlink.ignoring([errno.EBUSY, errno.ENODEV, errno.EOPNOTSUPP], _set_program, ip, index, -1, flags)
+
+
+def _name_of(number: int | None) -> str | None:
+    """The name of a program, None when there is none, or we may not know."""
     try:
-        fd = bpfcall.open_program(number)
+        fd = bpfcall.open_program(number or 0)
     except OSError:
         return None
     try:
@@ -257,7 +271,7 @@ def _in_order(link: Any, forms: Mapping[str, int]) -> Mapping[str, int]:
     the whole kernel then. Generic XDP copies each into one piece, which costs less.
     """
     is_soft = _kind(link) == "veth" or netlink.attribute(link, "IFLA_PARENT_DEV_BUS_NAME") in _SOFT_BUSES
-    return dict(reversed(forms.items())) if is_soft else forms
+    return dict(reversed(list(forms.items()))) if is_soft else forms
 
 
 def _attach(program: int, index: int, forms: Mapping[str, int]) -> _Place:
@@ -288,6 +302,10 @@ def _tell(ifname: str, place: _Place) -> None:
         log.info("dropping blocked prefixes before there is an skb", interface=ifname, form=place.form)
     else:
         log.warning("no XDP on an interface, tc drops alone", interface=ifname, reason=place.form)
+
+
+def _links(ip: Any) -> dict[int, Any]:
+    return {link["index"]: link for link in ip.get_links()}
 
 
 def _mac(link: Any) -> bytes:
