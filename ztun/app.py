@@ -27,6 +27,7 @@ from ztun.gateway.droplog import DropLog
 from ztun.gateway.gateway import Gateway
 from ztun.lifecycle import StopRequest, Undo, unless
 from ztun.log.system import log_system
+from ztun.loops import LoopWatch
 from ztun.network import NetworkKeeper, Parts
 from ztun.placement import Listening
 from ztun.ports import NetworkMonitor, PacketDevice, Verdict
@@ -95,6 +96,7 @@ class Instance:
         self._undo = undo
         self._loop = asyncio.get_running_loop()
         self._sockets = platform.make_socket_factory(MARK)
+        self._loops = LoopWatch(self._loop, self.parts, platform.make_own_flows(MARK))
 
     async def start(self) -> bool:
         """Make and join everything, capturing last. Raises ConfigError or ZtunError. Returns True."""
@@ -200,6 +202,7 @@ class Instance:
     def _make_gateway(self, device: PacketDevice, dns: DnsService) -> None:
         parts = self.parts
         assert parts.names is not None
+        self._undo.push("the watch for loops", self._loops.stop)
         gateway = Gateway(
             loop=self._loop,
             poller=platform.poller_of(self._loop),
@@ -210,6 +213,7 @@ class Instance:
             outbounds=parts.outbounds,
             options=making.gateway_options(self.settings),
             origins=parts.origin,
+            is_own=self._loops.is_own,
         )
         gateway.engine.device_lost = DeviceRevival(parts, self._give_up).device_lost
         self._undo.push("the flows", gateway.stop)
@@ -218,6 +222,7 @@ class Instance:
         drops = DropLog(self._loop, lambda: gateway.statistics()["drops"])
         self._undo.push("the log of drops", drops.stop)
         drops.start()
+        self._loops.start()
 
     async def _listen(self, dns: DnsService) -> None:
         parts = self.parts
@@ -281,6 +286,7 @@ class Instance:
         """This host has other addresses."""
         parts, placement = self.parts, self.parts.require_placement()
         addresses = [machine.InterfaceAddress(*each) for each in found]
+        self._loops.follow(entry.address for entry in addresses)
         if parts.listening is not None:
             await parts.listening.follow(addresses)
         placement.place(addresses)

@@ -15,7 +15,7 @@ from ztun.gateway.flow import Flow
 from ztun.gateway.flowlog import flow_log
 from ztun.gateway.isn import make_isn
 from ztun.gateway.limits import Limits
-from ztun.gateway.routing import Decider, NamePool, Origins, Router, UnmappedError
+from ztun.gateway.routing import Decider, NamePool, Origins, OwnFlow, Router, UnmappedError
 from ztun.gateway.udp_relay import UdpRelay
 from ztun.ports import Failure, Outbound, OutboundError, PacketDevice, Poller
 from ztun.rules import DIRECT
@@ -67,6 +67,7 @@ class Gateway:
         outbounds: Mapping[str, Outbound],
         options: GatewayOptions,
         origins: Origins | None = None,
+        is_own: OwnFlow | None = None,
     ) -> None:
         settings = options.limits.applied(StackSettings(mtu=options.mtu, tcp_idle=options.tcp_idle))
         self._loop = loop
@@ -77,7 +78,8 @@ class Gateway:
         self.engine = Engine(loop, poller, device, self._stack, self._buffers)
         self._router = Router(rules, names, outbounds, options.hijack_dns, origins)
         self._origins = origins
-        self._udp = UdpRelay(self.engine, self._router, names, options.udp_idle, options.limits, self._hijacked)
+        self._is_own = is_own
+        self._udp = UdpRelay(self.engine, self._router, names, options.udp_idle, options.limits, self._hijacked, is_own)
         self._keepalive_interval = options.keepalive_interval
         self._dns_tasks: set[asyncio.Task[None]] = set()
         self._dns_tasks_of = SourceCounts(_MAX_DNS_TASKS_PER_SOURCE)
@@ -154,6 +156,12 @@ class Gateway:
     def tcp_incoming(self, conn: Connection, now: float) -> None:
         if self._draining:
             self._stack.drop("stopping")
+            conn.refuse(now)
+            return
+        if self._is_own is not None and self._is_own(
+            "tcp", conn.source, conn.source_port, conn.destination, conn.destination_port
+        ):
+            self._stack.drop("ip-loop")
             conn.refuse(now)
             return
         try:

@@ -28,6 +28,10 @@ Origins = Callable[[bytes], Origin | None]
 """Where packets of a client (packed address) come in: ztun.ports.Classifier.origin."""
 
 
+OwnFlow = Callable[[str, bytes, int, bytes, int], bool]
+"""Whether a flow (protocol, source, its port, destination, its port) was begun by a socket of ztun's own."""
+
+
 class Decider(Protocol):
     asks_origin: bool
 

@@ -16,7 +16,7 @@ from ztun.gateway.engine import Engine
 from ztun.gateway.failures import UDP_ANSWER
 from ztun.gateway.flowlog import flow_log
 from ztun.gateway.limits import Limits
-from ztun.gateway.routing import NamePool, Router, UnmappedError, text
+from ztun.gateway.routing import NamePool, OwnFlow, Router, UnmappedError, text
 from ztun.gateway.udp_session import UdpFlow, UdpSession
 from ztun.ports import RULE_DEFAULT, Destination, Outbound, OutboundError
 from ztun.rules import DIRECT
@@ -38,6 +38,7 @@ class UdpRelay:
         idle: float,
         limits: Limits,
         on_dns: Callable[[Datagram], None],
+        is_own: OwnFlow | None = None,
     ) -> None:
         self.engine = engine
         self.sent = 0
@@ -51,6 +52,7 @@ class UdpRelay:
         self._of = SourceCounts(limits.udp_sessions_per_source)
         self.waiting_bytes = 0  # of datagrams whose link is being opened
         self._on_dns = on_dns
+        self._is_own = is_own
         self._sessions: dict[tuple[bytes, bytes, str], UdpSession] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._paused = False
@@ -70,6 +72,12 @@ class UdpRelay:
 
     def _open(self, datagram: Datagram, now: float) -> UdpFlow | None:
         """Decide about the first datagram of a flow. None when it ends here."""
+        source_port = int.from_bytes(datagram.key[-4:-2])
+        if self._is_own is not None and self._is_own(
+            "udp", datagram.source, source_port, datagram.destination, datagram.destination_port
+        ):
+            self.engine.stack.drop("ip-loop")
+            return None
         try:
             route = self._router.route("udp", datagram.source, datagram.destination, datagram.destination_port)
         except UnmappedError:

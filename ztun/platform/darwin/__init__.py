@@ -9,6 +9,7 @@ from ztun.errors import ConfigError, ZtunError
 from ztun.platform.darwin import forwarding, kqueue, netstate, poller, resolver
 from ztun.platform.darwin.calls import Calls, SystemCalls
 from ztun.platform.darwin.classifier import Capture, PythonClassifier
+from ztun.platform.darwin.neighbours import Neighbours
 from ztun.platform.darwin.netmon import DarwinNetworkMonitor
 from ztun.platform.darwin.poller import KqueuePoller, Queue
 from ztun.platform.darwin.resolver import ResolverFiles
@@ -22,6 +23,7 @@ __all__ = [
     "make_classifier",
     "make_event_loop",
     "make_monitor",
+    "make_own_flows",
     "make_resolver",
     "make_routes",
     "make_socket_factory",
@@ -91,7 +93,8 @@ async def make_classifier(
     capture = Capture(tuple(lan), host, hijack_dns)
     routes = PrefixRoutes(device, _system.calls)
     allow = forwarding.Forwarding(device, _system.calls)
-    classifier = PythonClassifier(_device(device), routes, allow, capture)
+    neighbours = Neighbours(make_socket_factory(mark))
+    classifier = PythonClassifier(_device(device), routes, allow, neighbours, capture)
     classifier.replace_own_addresses(own_addresses)
     return classifier
 
@@ -106,6 +109,10 @@ def _device(name: str) -> UtunDevice:
 def make_monitor(mark: int) -> DarwinNetworkMonitor:
     """Watch the network, and keep the sockets of this `mark` in step. Raises OSError."""
     return DarwinNetworkMonitor(_system.calls, make_socket_factory(mark), _disturb)
+
+
+def make_own_flows(mark: int) -> None:
+    """Nobody here knows whose flow it is; sockets are bound to the interface that they leave by."""
 
 
 def make_socket_factory(mark: int) -> BoundSockets:

@@ -8,6 +8,7 @@ from ztun.platform.linux.addresses import interface_addresses
 from ztun.platform.linux.backends import choose
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.classifier import BpfClassifier
+from ztun.platform.linux.loops import OwnFlows
 from ztun.platform.linux.netmon import LinuxNetworkMonitor
 from ztun.platform.linux.policy import RoutesClassifier
 from ztun.platform.linux.poller import make_event_loop, poller_of
@@ -21,6 +22,7 @@ __all__ = [
     "make_classifier",
     "make_event_loop",
     "make_monitor",
+    "make_own_flows",
     "make_routes",
     "make_socket_factory",
     "open_device",
@@ -67,6 +69,14 @@ async def make_classifier(
 def make_monitor(mark: int) -> LinuxNetworkMonitor:
     """Watch this network namespace, as sockets with SO_MARK `mark` see it. Raises OSError."""
     return LinuxNetworkMonitor(mark)
+
+
+def make_own_flows(mark: int) -> OwnFlows | None:
+    """What knows flows of sockets with `mark`; None where the kernel does not tell."""
+    try:
+        return OwnFlows(mark)
+    except OSError:
+        return None
 
 
 def make_socket_factory(mark: int) -> MarkedSockets:
