@@ -18,6 +18,7 @@ import structlog
 from ztun import machine, making, platform, privileges, readiness
 from ztun.assembly import Assembly
 from ztun.config import Settings
+from ztun.control.claims import claims_of
 from ztun.control.lock import InstanceLock
 from ztun.control.notify import notify, reload
 from ztun.control.server import ControlServer
@@ -125,7 +126,7 @@ class Instance:
 
     async def _claim(self) -> None:
         path, report = self.settings.control.socket, self.report
-        lock = InstanceLock(path)
+        lock = InstanceLock(path, self.settings.dns.fake_ip.store, claims_of(self.settings))
         self._undo.push("the instance lock", lock.release)
         lock.acquire()
         name = self.settings.tun.name

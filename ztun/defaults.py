@@ -20,3 +20,13 @@ LINUX = Defaults("ztun0", Path("/run/ztun/control.sock"), Path("/var/lib/ztun/fa
 DARWIN = Defaults("utun", Path("/var/run/ztun/control.sock"), Path("/var/db/ztun/fake-ip.db"))
 
 DEFAULTS = DARWIN if sys.platform == "darwin" else LINUX
+
+
+def control_of(device: str) -> Path:
+    """control.socket of an instance whose TUN is called so: the second one on a machine has another, as its files."""
+    return DEFAULTS.control if device == DEFAULTS.device else DEFAULTS.control.with_name(f"{device}.sock")
+
+
+def names_of(device: str) -> Path:
+    """dns.fake_ip.store, likewise."""
+    return DEFAULTS.names if device == DEFAULTS.device else DEFAULTS.names.with_name(f"{device}.db")

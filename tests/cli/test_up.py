@@ -234,16 +234,6 @@ def test_the_networks_of_a_country_are_decided_in_the_kernel(lab: Lab) -> None:
     ).items()
 
 
-def test_two_instances_do_not_share_a_network_namespace(lab: Lab) -> None:
-    first = launch(lab, SITE)
-    first.wait_ready()
-    second = launch(lab, {**SITE, "tun": {"name": "ztun1"}, "capture": {"lan": []}, "dns": {"listen": []}})
-    assert ended(second) == 1
-    assert second.output == (
-        f"ztun: already running in this network namespace as pid {first.pid}; stop it with `ztun down` first\n"
-    )
-
-
 def test_the_log_can_be_a_file_of_json(lab: Lab) -> None:
     path = lab.directory / "ztun.log"
     instance = launch(lab, {**SITE, "log": {"format": "json", "file": str(path), "level": "debug"}})

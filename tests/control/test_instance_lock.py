@@ -13,33 +13,25 @@ from pathlib import Path
 import pytest
 
 from ztun.control import lock
+from ztun.control.claims import Claim
 from ztun.control.lock import AlreadyRunning, InstanceLock
 from ztun.errors import ZtunError
 
 HOLD = """
 import pathlib, sys
 from ztun.control import lock
-lock.NAMESPACE_DIRECTORY = pathlib.Path(sys.argv[2])
-instance = lock.InstanceLock(sys.argv[1])
+instance = lock.InstanceLock(sys.argv[1], *map(pathlib.Path, sys.argv[2:]))
 instance.acquire()
 print("held", flush=True)
 sys.stdin.read()
 """
 
 
-@pytest.fixture(autouse=True)
-def namespace(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the locks of network namespaces lie: not where those of real instances do."""
-    directory = tmp_path_factory.mktemp("namespace")
-    monkeypatch.setattr(lock, "NAMESPACE_DIRECTORY", directory)
-    return directory
-
-
 @contextmanager
-def holder(path: Path, namespace: str | Path = "/nonexistent") -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the lock of `path`, and that of our network namespace if told where it lies."""
+def holder(*paths: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the locks of a control socket and, if there are two paths, of a store."""
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path), str(namespace)],
+        [sys.executable, "-c", HOLD, *map(str, paths)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -59,24 +51,46 @@ def test_the_second_instance_is_told_the_pid_of_the_first_and_changes_nothing(tm
         assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
 
-def test_another_socket_in_the_same_network_namespace_is_refused_too(tmp_path: Path, namespace: Path) -> None:
+def test_the_store_of_another_instance_is_refused(tmp_path: Path) -> None:
+    store = tmp_path / "names.db"
     with (
-        holder(tmp_path / "a.sock", namespace) as first,
-        pytest.raises(AlreadyRunning, match=f"in this network namespace as pid {first.pid};"),
+        holder(tmp_path / "a.sock", store) as first,
+        pytest.raises(AlreadyRunning) as caught,
     ):
-        InstanceLock(tmp_path / "sub" / "b.sock").acquire()
+        InstanceLock(tmp_path / "sub" / "b.sock", store).acquire()
+    assert str(caught.value) == (
+        f"dns.fake_ip.store: {store} is in use by another ztun (pid {first.pid}); choose another file"
+    )
     assert not (tmp_path / "sub").exists()
 
 
-def test_release_leaves_the_file_system_as_it_was(tmp_path: Path, namespace: Path) -> None:
-    instance = InstanceLock(tmp_path / "a" / "b" / "control.sock")
+def test_a_store_that_cannot_be_written_keeps_nobody_from_starting(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    instance = InstanceLock(tmp_path / "control.sock", tmp_path / "file" / "names.db")
+    instance.acquire()
+    instance.release()
+
+
+def test_a_claim_of_another_instance_leaves_nothing_behind(tmp_path: Path) -> None:
+    claim = Claim("lan", f"test{os.getpid()}", "capture.lan", "")
+    one, two = (InstanceLock(tmp_path / name / "control.sock", claims=[claim]) for name in "ab")
+    one.acquire()
+    with pytest.raises(ZtunError, match=f"capture.lan: test{os.getpid()} is in use by another ztun .pid {os.getpid()}"):
+        two.acquire()
+    one.release()
+    assert list(tmp_path.iterdir()) == []
+    two.acquire()
+    two.release()
+
+
+def test_release_leaves_the_file_system_as_it_was(tmp_path: Path) -> None:
+    instance = InstanceLock(tmp_path / "a" / "b" / "control.sock", tmp_path / "c" / "names.db")
     instance.acquire()
     assert (tmp_path / "a" / "b" / "control.sock.lock").read_text() == f"{os.getpid()}\n"
-    assert len(list(namespace.iterdir())) == 1
+    assert instance.paths() == [tmp_path / "a" / "b" / "control.sock.lock", tmp_path / "c" / "names.db.lock"]
     instance.release()
     instance.release()
     assert list(tmp_path.iterdir()) == []
-    assert list(namespace.iterdir()) == []
 
 
 def test_a_directory_that_was_there_stays(tmp_path: Path) -> None:
@@ -87,9 +101,9 @@ def test_a_directory_that_was_there_stays(tmp_path: Path) -> None:
     assert (tmp_path / "run").is_dir()
 
 
-def test_after_kill_9_the_next_one_simply_starts(tmp_path: Path, namespace: Path) -> None:
+def test_after_kill_9_the_next_one_simply_starts(tmp_path: Path) -> None:
     socket_path = tmp_path / "control.sock"
-    with holder(socket_path, namespace) as first:
+    with holder(socket_path) as first:
         first.send_signal(signal.SIGKILL)
         first.wait()
         instance = InstanceLock(socket_path)

@@ -23,12 +23,28 @@ class Site:
     address6: str
     mac: str = field(default="")
 
-    def fetch(self, url: str, *arguments: str, check: bool = True) -> dict[str, str]:
-        """The page that a server of the lab shows: who it saw, and which name it was asked for. {} where it failed."""
-        argv = ["curl", "-sS", "--max-time", "8", "--retry", "2", "--retry-connrefused", *arguments, url]
-        done = self.namespace.run(*argv, check=check, timeout=40)
-        page: dict[str, str] = json.loads(done.stdout) if done.returncode == 0 else {}
+    def fetch(self, url: str, *arguments: str) -> dict[str, str]:
+        """The page that a server of the lab shows: who it saw, and which name it was asked for."""
+        argv = ["curl", "-sS", "--max-time", "10", *arguments, url]
+        page: dict[str, str] = json.loads(self.namespace.run(*argv, timeout=40).stdout)
         return page
+
+    def is_refused(self, url: str) -> bool:
+        """Whether there is no answer within a second, or a refusal."""
+        return self.namespace.run("curl", "-sS", "--max-time", "1", url, check=False).returncode in (7, 28)
+
+
+@contextlib.contextmanager
+def one_cable(lab: Lab) -> Iterator[Site]:
+    """The site "cable" alone; it asks the gateway for names."""
+    namespace = Namespace(lab.client.name.removesuffix("client") + "cable")
+    try:
+        namespace.create(resolver="10.10.1.1", sysctls=_HOST)
+        lab.gateway.ip(f"link add lan1 type veth peer name eth0 netns {namespace.name}", *_addresses(1, "lan1"))
+        yield _settle(namespace, "eth0", Site("lan1", namespace, "10.10.1.2", "fd10:10:0:1::2"))
+    finally:
+        namespace.delete()
+        lab.gateway.run("ip", "link", "del", "lan1", check=False)
 
 
 @contextlib.contextmanager
@@ -66,15 +82,19 @@ def _connect(gateway: Namespace, made: dict[str, Namespace]) -> None:
 
 def _build(gateway: Namespace, made: dict[str, Namespace]) -> Iterator[Site]:
     for number, ifname in ((1, "lan1"), (10, "trunk0.10"), (20, "br0")):
-        gateway.ip(
-            f"address add 10.10.{number}.1/24 dev {ifname}",
-            f"address add fd10:10:0:{number}::1/64 dev {ifname} nodad",
-            f"link set {ifname} up",
-        )
+        gateway.ip(*_addresses(number, ifname))
     yield _settle(made["cable"], "eth0", Site("lan1", made["cable"], "10.10.1.2", "fd10:10:0:1::2"))
     yield _settle(made["vlan"], "eth0.10", Site("trunk0.10", made["vlan"], "10.10.10.2", "fd10:10:0:10::2"))
     yield _settle(made["box1"], "eth0", Site("br0", made["box1"], "10.10.20.2", "fd10:10:0:20::2"))
     yield _settle(made["box2"], "eth0", Site("br0", made["box2"], "10.10.20.3", "fd10:10:0:20::3"))
+
+
+def _addresses(number: int, ifname: str) -> list[str]:
+    return [
+        f"address add 10.10.{number}.1/24 dev {ifname}",
+        f"address add fd10:10:0:{number}::1/64 dev {ifname} nodad",
+        f"link set {ifname} up",
+    ]
 
 
 def _settle(namespace: Namespace, ifname: str, site: Site) -> Site:

@@ -23,7 +23,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from ztun.config import patterns, values
 from ztun.config.values import Network, split_endpoint
-from ztun.defaults import DEFAULTS
+from ztun.defaults import DEFAULTS, control_of, names_of
 
 InterfaceName = Annotated[str, PlainValidator(values.parse_interface_name), patterns.INTERFACE]
 Mac = Annotated[str, PlainValidator(values.parse_mac), patterns.MAC]
@@ -270,9 +270,9 @@ class Settings(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _follow_fake_ranges(cls, data: Any) -> Any:
-        """The TUN's addresses, where they are left out, are the first hosts of the Fake-IP ranges; null goes along."""
-        return follow_fake_ranges(data) if isinstance(data, dict) else data
+    def _fill_in(cls, data: Any) -> Any:
+        """What is left out and follows from something else: addresses from the Fake-IP ranges, paths from the name."""
+        return follow_name(follow_fake_ranges(data)) if isinstance(data, dict) else data
 
 
 def follow_fake_ranges(document: dict[str, Any]) -> dict[str, Any]:
@@ -289,6 +289,23 @@ def follow_fake_ranges(document: dict[str, Any]) -> dict[str, Any]:
     if "address6" in tun and tun["address6"] is None and "range6" not in fake:
         fake["range6"] = None
     return {**document, "tun": tun, "dns": {**dns, "fake_ip": fake}}
+
+
+def follow_name(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with control.socket and dns.fake_ip.store filled in where tun.name is not the usual one."""
+    tun, dns, control = (document.get(key, {}) for key in ("tun", "dns", "control"))
+    fake = dns.get("fake_ip", {}) if isinstance(dns, dict) else None
+    if not (isinstance(tun, dict) and isinstance(fake, dict) and isinstance(control, dict)):
+        return document
+    try:
+        name = values.parse_interface_name(tun["name"])
+    except (KeyError, ValueError):
+        return document  # said where the name stands
+    if name == DEFAULTS.device:
+        return document
+    fake = {"store": str(names_of(name)), **fake}
+    control = {"socket": str(control_of(name)), **control}
+    return {**document, "dns": {**dns, "fake_ip": fake}, "control": control}
 
 
 def _first_host(value: Any, key: str) -> dict[str, str | None]:

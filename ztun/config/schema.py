@@ -94,7 +94,7 @@ DESCRIPTIONS = {
     "log.flows.burst": "At once.",
     "log.flows.per_second": "A second in the long run.",
     "control": "How the other commands find the instance.",
-    "control.socket": "Path of its socket.",
+    "control.socket": "Path of its socket; left out: one that is named after tun.name, if that is not the usual one.",
     **{f"log.levels.{name}": f"That of {name}; null for log.level." for name in LevelSettings.model_fields},
 }
 

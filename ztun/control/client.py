@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from ztun.control.lock import peer_pid
+from ztun.defaults import control_of
 from ztun.errors import ConfigError, ZtunError
 
 ANSWER_TIMEOUT = 10.0  # seconds; while it starts, an instance compiles its BPF programs before it answers
@@ -89,7 +90,9 @@ class ControlClient:
             connection.connect(os.fspath(self.path))
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
             connection.close()
-            raise NotRunning(f"not running (no control socket at {self.path}); start it with `ztun up`") from None
+            raise NotRunning(
+                f"not running (no control socket at {self.path}); start it with `ztun up`{_others()}"
+            ) from None
         except PermissionError:
             connection.close()
             raise NotAllowed(f"may not use the control socket {self.path}; run this as root, e.g. with sudo") from None
@@ -125,6 +128,14 @@ class ControlClient:
         return body, peer
 
 
+def _others() -> str:
+    """The instances that run here by other sockets, in words."""
+    from ztun.control.claims import sockets_in_use  # looks at every process
+
+    found = [f"--socket {path} (pid {pid})" for path, pid in sockets_in_use()]
+    return f", or ask one that runs here: {', '.join(found)}" if found else ""
+
+
 def _wait_for_process(pid: int, deadline: float) -> bool:
     """Wait until `pid` ended, even when nobody has reaped it yet (pidfd_open(2))."""
     if not hasattr(os, "pidfd_open"):
@@ -154,7 +165,8 @@ def _poll_process(pid: int, deadline: float) -> bool:
 
 
 def find_socket(config: Path | None, socket_path: Path | None, default: str) -> Path:
-    """Where the instance listens: --socket, else $ZTUN_CONTROL__SOCKET, else control.socket of --config, else default.
+    """Where the instance listens: --socket, else $ZTUN_CONTROL__SOCKET, else control.socket of --config, else what
+    follows from tun.name, else default.
 
     Reads no more of the file than it needs, so that `ztun down` works while the file is being edited.
     Raises ConfigError when the file cannot be read.
@@ -162,12 +174,15 @@ def find_socket(config: Path | None, socket_path: Path | None, default: str) -> 
     if socket_path is not None:
         return socket_path
     named = os.environ.get("ZTUN_CONTROL__SOCKET") or None
+    device = os.environ.get("ZTUN_TUN__NAME") or None
     if named is None and config is not None:
-        named = _socket_of(config)
-    return Path(named or default)
+        named, in_file = _read_names(config)
+        device = device or in_file
+    return Path(named or (control_of(device) if device is not None else default))
 
 
-def _socket_of(config: Path) -> str | None:
+def _read_names(config: Path) -> tuple[str | None, str | None]:
+    """control.socket and tun.name of a file."""
     try:
         content = json.loads(config.read_bytes())
     except OSError as error:
@@ -176,7 +191,10 @@ def _socket_of(config: Path) -> str | None:
         ) from None
     except ValueError as error:
         raise ConfigError(f"{config} is not JSON: {error}; correct it, or use --socket PATH") from None
-    with suppress(AttributeError):
-        named = content.get("control", {}).get("socket")
-        return named if isinstance(named, str) else None
-    return None
+    names: list[str | None] = []
+    for section, key in (("control", "socket"), ("tun", "name")):
+        names.append(None)
+        with suppress(AttributeError):
+            value = content.get(section, {}).get(key)
+            names[-1] = value if isinstance(value, str) else None
+    return names[0], names[1]

@@ -1,7 +1,7 @@
-"""One instance at a time: a lock file beside the control socket, and one for the network namespace.
+"""What keeps two instances off each other: lock files in the file system, claims in the network namespace.
 
-The first keeps two instances off the same control socket. The second keeps two with different sockets off the same
-interfaces, routes and rules. Both are locked with flock(2), so they are free once the process ends, however it ends.
+A lock file lies beside the control socket, another beside the store of Fake-IPs; they are locked with flock(2), so they
+are free once the process ends, however it ends. What is claimed in the network namespace is in claims.py.
 """
 
 from __future__ import annotations
@@ -10,35 +10,52 @@ import fcntl
 import os
 import socket
 import struct
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from ztun.control.claims import Claim, Claims
 from ztun.errors import ZtunError
 
-# Only root writes here, so nobody else can keep an instance from starting.
-NAMESPACE_DIRECTORY = Path("/run")
+_UNKNOWN = "(its pid is not known here)"
 
 
 class AlreadyRunning(ZtunError):  # noqa: N818 (it reads as what it says)
-    """Another instance holds the lock."""
+    """Another instance holds the lock. who: its pid, in words."""
+
+    who = ""
+
+    @classmethod
+    def of(cls, pid: str) -> AlreadyRunning:
+        """For a lock file in which `pid` stands."""
+        error = cls(f"already running {f'as pid {pid}' if pid else _UNKNOWN}; stop it with `ztun down` first")
+        error.who = f"pid {pid}" if pid else "its pid is not known here"
+        return error
 
 
 class InstanceLock:
-    """Held from before the first change until after the last one is undone."""
+    """Held from before the first change until after the last one is undone.
 
-    def __init__(self, control_socket: str | Path) -> None:
+    store: the file of Fake-IPs, None where there is none; claims: what is needed of the network namespace.
+    """
+
+    def __init__(self, control_socket: str | Path, store: Path | None = None, claims: Iterable[Claim] = ()) -> None:
         self.control_socket = Path(control_socket)
         self.path = lock_path(self.control_socket)
+        self._store = store
+        self._wanted = tuple(claims)
+        self._claims = Claims()
         self._held: list[tuple[int, Path]] = []
         self._made: list[Path] = []
 
     def acquire(self) -> None:
-        """Take the lock without waiting. Raises AlreadyRunning naming the holder, or ZtunError."""
+        """Take all of it without waiting. Raises AlreadyRunning naming the holder, or ZtunError."""
         try:
             self._made = make_directories(self.path.parent)
             self._held.append((_lock_file(self.path), self.path))
-            self._claim_namespace()
-        except AlreadyRunning:
+            self._claims.acquire(self._wanted)
+            self._lock_store()
+        except ZtunError:
             self.release()
             raise
         except OSError as error:
@@ -47,10 +64,20 @@ class InstanceLock:
                 f"cannot make the lock file {self.path}: {error.strerror}; set control.socket to a writable place"
             ) from error
 
-    def _claim_namespace(self) -> None:
-        path = namespace_lock_path()
-        if path is not None and path != self.path:
-            self._held.append((_lock_file(path, "in this network namespace "), path))
+    def _lock_store(self) -> None:
+        """Two that write one file would give a name's address to another name."""
+        if self._store is None:
+            return
+        path = lock_path(self._store)
+        try:
+            self._made += make_directories(path.parent)
+            self._held.append((_lock_file(path), path))
+        except AlreadyRunning as error:
+            raise AlreadyRunning(
+                f"dns.fake_ip.store: {self._store} is in use by another ztun ({error.who}); choose another file"
+            ) from None
+        except OSError:
+            pass  # what cannot be written is nobody's, and the store says so
 
     def paths(self) -> list[Path]:
         """The files that are held; a killed process leaves them."""
@@ -64,6 +91,7 @@ class InstanceLock:
             with suppress(OSError):
                 path.unlink()
             os.close(fd)
+        self._claims.release()
         for directory in reversed(self._made):
             with suppress(OSError):
                 directory.rmdir()
@@ -71,17 +99,8 @@ class InstanceLock:
 
 
 def lock_path(control_socket: Path) -> Path:
-    """The lock file that belongs to a control socket."""
+    """The lock file that belongs to a control socket, or to a store of Fake-IPs."""
     return control_socket.with_name(control_socket.name + ".lock")
-
-
-def namespace_lock_path() -> Path | None:
-    """The lock file that belongs to our network namespace; None where there are none, or no place for the file."""
-    try:
-        inode = os.stat("/proc/thread-self/ns/net").st_ino
-    except OSError:
-        return None
-    return NAMESPACE_DIRECTORY / f"ztun-net-{inode}.lock" if os.access(NAMESPACE_DIRECTORY, os.W_OK) else None
 
 
 def make_directories(path: Path) -> list[Path]:
@@ -106,7 +125,7 @@ def peer_pid(connection: socket.socket) -> int:
     return pid
 
 
-def _lock_file(path: Path, where: str = "") -> int:
+def _lock_file(path: Path) -> int:
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
@@ -114,7 +133,7 @@ def _lock_file(path: Path, where: str = "") -> int:
         except BlockingIOError:
             holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
             os.close(fd)
-            raise _already_running(holder, where) from None
+            raise AlreadyRunning.of(holder) from None
         except OSError:
             os.close(fd)
             raise
@@ -130,8 +149,3 @@ def _is_still_there(fd: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
         return False
-
-
-def _already_running(pid: str, where: str) -> AlreadyRunning:
-    who = f"as pid {pid}" if pid else "(its pid is not known here)"
-    return AlreadyRunning(f"already running {where}{who}; stop it with `ztun down` first")

@@ -53,9 +53,7 @@ class Namespace:
             _forget_states(self)
             os.close(self._fd)
             self._fd = -1
-        if (path := Path("/run/netns", self.name)).exists():
-            # What a ztun that was killed here could not remove itself (ztun.control.lock).
-            Path("/run", f"ztun-net-{path.stat().st_ino}.lock").unlink(missing_ok=True)
+        if Path("/run/netns", self.name).exists():
             for pid in run(["ip", "netns", "pids", self.name], check=False).stdout.split():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), 9)

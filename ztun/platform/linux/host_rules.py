@@ -13,10 +13,10 @@ from typing import Any
 
 from ztun.platform.linux import netlink, sysctl
 from ztun.platform.linux.routes import PROTOCOL
+from ztun.platform.linux.table_numbers import MAIN
 
 # Ahead of those for the LAN: from the TUN's address, port 53, the routes that are no default ones, the table.
 _FROM_TUN, _DNS, _SPECIFIC, _TABLE = 31330, 31331, 31332, 31333
-_MAIN = 254
 _ANY_MARK = 0xFFFFFFFF  # the mark is to be 0 in all of these bits: that is nobody's packet but the program's
 _FIND_SADDR = 0x10000  # FIB_RULE_FIND_SADDR, net/fib_rules.h: match the address that the route would choose
 _UNSET = 0xFFFFFFFF
@@ -47,7 +47,7 @@ def list_rules(
     # There is no asking of an IPv6 packet whether it has an address yet; these routes hold for it in either case.
     without = unbound if family == socket.AF_INET else ours
     specific = {"suppress_prefixlen": _DEFAULT_LENGTHS[family], "suppress_ifgroup": table}
-    rules.append({**without, **specific, "table": _MAIN, "priority": _SPECIFIC})
+    rules.append({**without, **specific, "table": MAIN, "priority": _SPECIFIC})
     rules += [{**unbound, **which, "table": table, "priority": _TABLE} for which in _carried(family)]
     return rules
 
@@ -60,14 +60,6 @@ def _carried(family: int) -> Iterator[dict[str, Any]]:
     low, high = (sysctl.read("ipv4/ip_local_port_range") or "32768 60999").split()
     yield {"ip_proto": socket.IPPROTO_UDP, "sport_range": f"{low}:{high}"}
     yield {"ip_proto": _ICMP[family]}
-
-
-def table_of_rule(rule: Any) -> int:
-    """The table that a rule is for: one that looks into the main table has it for a tag, as a group of interfaces that
-    nobody is in.
-    """
-    table = int(netlink.attribute(rule, "FRA_TABLE") or 0)
-    return int(netlink.attribute(rule, "FRA_SUPPRESS_IFGROUP") or 0) if table == _MAIN else table
 
 
 def describe_rule(rule: Any) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import socket
-import zlib
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -19,12 +18,14 @@ from ztun.errors import ZtunError
 from ztun.platform.linux import host_rules, journal, links, neighbours, netlink, sysctl
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.routes import PROTOCOL
+from ztun.platform.linux.table_numbers import TABLES, table_of_rule
+from ztun.platform.linux.table_numbers import dns_table_of as dns_table_of
+from ztun.platform.linux.table_numbers import table_of as table_of
 from ztun.platform.linux.tables import show_address
 from ztun.ports import Origin, Prefix, Verdict
 
 log = structlog.get_logger("ztun.classifier")
 
-_TABLES = 0x7A740000  # to 0x7A74FFFF: the tables of all TUNs
 _RULE_PRIORITY = 31340  # before main (32766); port 53 one earlier
 _LEARNED = 4096
 # Far behind: what holds when the TUN and its routes are gone and nothing may pass ("fail": "closed").
@@ -294,16 +295,6 @@ class RoutesClassifier:
         self._sysctls.restore()
 
 
-def table_of(device: str) -> int:
-    """The number of the routing table of one TUN: the same for each start, another for each name."""
-    return _TABLES | zlib.crc32(device.encode()) & 0xFFFE
-
-
-def dns_table_of(device: str) -> int:
-    """The table for port 53: everything into the TUN."""
-    return table_of(device) + 1
-
-
 class Installed(NamedTuple):
     """ip rules and routes of one of our tables, as rtnetlink messages."""
 
@@ -320,12 +311,12 @@ def find_policy(ip: Any) -> dict[int, Installed]:
     found: dict[int, Installed] = {}
     for family in _FAMILIES:
         for rule in ip.get_rules(family=family):
-            table = host_rules.table_of_rule(rule)
-            if table & ~0xFFFF == _TABLES and netlink.attribute(rule, "FRA_PROTOCOL") == PROTOCOL:
+            table = table_of_rule(rule)
+            if table & ~0xFFFF == TABLES and netlink.attribute(rule, "FRA_PROTOCOL") == PROTOCOL:
                 found.setdefault(table, Installed([], [])).rules.append(rule)
         for route in ip.get_routes(family=family):
             table = netlink.attribute(route, "RTA_TABLE") or 0
-            if table & ~0xFFFF == _TABLES and route["proto"] == PROTOCOL:
+            if table & ~0xFFFF == TABLES and route["proto"] == PROTOCOL:
                 found.setdefault(table, Installed([], [])).routes.append(route)
     return found
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network, ip_interface, ip_network
 from typing import Any
 
@@ -15,6 +15,7 @@ import structlog
 
 from ztun.errors import ZtunError
 from ztun.platform.linux import netlink, sysctl
+from ztun.platform.linux.table_numbers import dns_table_of, table_of, table_of_rule
 
 log = structlog.get_logger("ztun.routes")
 
@@ -70,7 +71,8 @@ class TunRoutes:
         """
         if not self._is_up:
             return {"routes": [], "ip_rules": [], "sysctls": []}
-        routes, rules = netlink.run(lambda ip: (self._list(ip), list_rules(ip)))
+        tables = table_of(self._device), dns_table_of(self._device)
+        routes, rules = netlink.run(lambda ip: (self._list(ip), list_rules(ip, tables)))
         return {"routes": routes, "ip_rules": rules, "sysctls": self._sysctls.describe()}
 
     def _set_up(self) -> None:
@@ -155,12 +157,13 @@ class TunRoutes:
         return found
 
 
-def list_rules(ip: Any) -> list[dict[str, Any]]:
-    """Every ip rule with our tag, as `snapshot` gives them."""
+def list_rules(ip: Any, tables: Collection[int] | None = None) -> list[dict[str, Any]]:
+    """The ip rules with our tag that are for these tables (None: for any), as `snapshot` gives them."""
     found = []
     for family in (socket.AF_INET, socket.AF_INET6):
         for rule in ip.get_rules(family=family):
-            if netlink.attribute(rule, "FRA_PROTOCOL") == PROTOCOL:
+            is_ours = netlink.attribute(rule, "FRA_PROTOCOL") == PROTOCOL
+            if is_ours and (tables is None or table_of_rule(rule) in tables):
                 found.append(_describe_rule(rule))
     return found
 
