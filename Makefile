@@ -6,18 +6,19 @@ BIN := $(VENV)/bin
 PACKAGES := python3 python3-bpfcc python3-venv linux-libc-dev iproute2 curl procps openssl util-linux \
 	'?dante-server' microsocks tinyproxy dnsmasq-base nginx-light bind9-dnsutils \
 	iperf3 wrk bpftool nftables tcpdump ethtool iputils-ping netcat-openbsd socat systemd
+comma := ,
 SYSTEM_STAMP := $(VENV)/.system
 DEV_STAMP := $(VENV)/.dev
 BENCH_STAMP := $(VENV)/.bench
 FUZZ_STAMP := $(VENV)/.fuzz
 
-.PHONY: setup demo up lint test differential fuzz bench clean guest-packages
+.PHONY: setup demo up lint test differential fuzz bench vm-smoke vm-test vm-clean clean guest-packages
 
 setup: $(DEV_STAMP)
 
 # Debian packages that dpkg does not know as installed; ? in front: where there is such a package.
 $(SYSTEM_STAMP): Makefile packaging/install-packages
-	packaging/install-packages $(PACKAGES)
+	packaging/install-packages $(PACKAGES) $(TEST_PACKAGES)
 	@mkdir -p $(VENV) && touch $@
 
 # System site packages, since that is where Debian's bcc lives. sing-box is the second server for datagrams,
@@ -48,6 +49,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --platform darwin --follow-imports silent $(shell find ztun -name '*.py' -not -path 'ztun/platform/linux/*' \
+		-not -path 'ztun/lab/*' -not -path 'ztun/cli/demo.py')
 	$(BIN)/lint-imports
 
 # make test ARGS="tests/stack -k sack"
@@ -67,6 +70,28 @@ fuzz: $(FUZZ_STAMP)
 # make bench ARGS="--rounds 3 --seconds 2"
 bench: $(BENCH_STAMP)
 	$(BIN)/python -m bench $(ARGS)
+
+# Virtual machines (docs/vm-tests.md). What they need is installed here and not by `setup`; the images are made here too.
+VM_PYTEST = $(BIN)/python vagrant/world.py $(BIN)/pytest -p no:cacheprovider --durations=10 tests/vm
+GATEWAYS ?= bookworm,trixie
+
+# Three machines with plain qemu, the kernel of Debian 12, the quick part of the tests.
+vm-smoke: setup
+	packaging/install-vm-packages
+	vagrant/image/build bookworm
+	$(VM_PYTEST) --machines=qemu --gateways=bookworm -m smoke $(ARGS)
+
+# make vm-test GATEWAYS=trixie MACHINES=qemu: all tests, on each of these kernels, through Vagrant unless told otherwise
+MACHINES ?= vagrant
+vm-test: setup
+	packaging/install-vm-packages $(MACHINES)
+	for suite in bookworm $(subst $(comma), ,$(GATEWAYS)); do \
+		vagrant/image/build $$suite && { [ $(MACHINES) = qemu ] || vagrant/image/box $$suite; } || exit 1; \
+	done
+	$(VM_PYTEST) --machines=$(MACHINES) --gateways=$(GATEWAYS) $(ARGS)
+
+vm-clean:
+	rm -rf $${ZTUN_VM_DIR:-/var/tmp/ztun-vm}
 
 # What vagrant/image/build puts into the image of a virtual machine.
 guest-packages:

@@ -14,14 +14,14 @@ from vm.guest import MACHINES, Guest, Reach, sources
 _FIRST_PORT = 2201  # on the loopback of the world's own network namespace
 _NETWORKS = ("ztun-lan", "ztun-wan")
 _CPUS = {"gateway": 2}
+_KVM = ["-accel", "kvm", "-cpu", "host"]
+_TCG = ["-accel", "tcg,thread=multi", "-cpu", "Nehalem"]  # the model that boots fastest
 
 
-def accelerator() -> list[str]:
-    """qemu's options: hardware virtualisation where there is any. A /dev/kvm alone does not mean that."""
-    flags = Path("/proc/cpuinfo").read_text().split()
-    if {"vmx", "svm"} & set(flags) and os.access("/dev/kvm", os.R_OK | os.W_OK) and not os.environ.get("ZTUN_VM_TCG"):
-        return ["-accel", "kvm", "-cpu", "host"]
-    return ["-accel", "tcg,thread=multi", "-cpu", "Nehalem"]
+def has_kvm() -> bool:
+    """Whether there is hardware virtualisation. A /dev/kvm alone does not mean that."""
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    return bool({"vmx", "svm"} & flags) and os.access("/dev/kvm", os.R_OK | os.W_OK) and not os.getenv("ZTUN_VM_TCG")
 
 
 class Qemu:
@@ -65,7 +65,7 @@ class Qemu:
         _run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(image), str(disk)])
         port = _FIRST_PORT + list(MACHINES).index(name)
         argv = [
-            "qemu-system-x86_64", *accelerator(), "-machine", "pc", "-nodefaults", "-no-user-config",
+            "qemu-system-x86_64", *(_KVM if has_kvm() else _TCG), "-machine", "pc", "-nodefaults", "-no-user-config",
             "-display", "none", "-m", str(MACHINES[name]["memory"]), "-smp", str(_CPUS.get(name, 1)),
             "-drive", f"file={disk},if=virtio,cache=unsafe,discard=unmap",
             "-device", "virtio-rng-pci", "-serial", f"file:{self._directory / name}.console",

@@ -1,5 +1,6 @@
 #!/bin/sh
 # The client: a host in the LAN that knows nothing of ztun. Run as root in the guest, with the repository in /ztun.
 set -eu
-/ztun/packaging/install-packages python3 iproute2 curl iputils-ping bind9-dnsutils
-PYTHONPATH=/ztun python3 /ztun/vagrant/provision/network.py client
+/ztun/packaging/install-packages curl iputils-ping bind9-dnsutils
+/ztun/vagrant/provision/python.sh
+PYTHONPATH=/ztun /opt/ztun/bin/python /ztun/vagrant/provision/network.py client

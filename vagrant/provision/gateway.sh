@@ -2,10 +2,10 @@
 # The gateway: ztun installed as the README says. Run as root in the guest, with the repository in /ztun.
 # Without an image of image/build the packages come from Debian and the dependencies from pip's index.
 set -eu
-/ztun/packaging/install-packages python3 python3-bpfcc python3-venv linux-libc-dev iproute2 bpftool nftables
-PYTHONPATH=/ztun python3 /ztun/vagrant/provision/network.py gateway
+/ztun/packaging/install-packages python3-bpfcc linux-libc-dev bpftool nftables
+/ztun/vagrant/provision/python.sh
+PYTHONPATH=/ztun /opt/ztun/bin/python /ztun/vagrant/provision/network.py gateway
 
-[ -x /opt/ztun/bin/pip ] || python3 -m venv --system-site-packages /opt/ztun
 offline=
 [ ! -e /opt/ztun/offline ] || offline='--no-index --no-build-isolation'
 # shellcheck disable=SC2086 # two words or none

@@ -1,7 +1,7 @@
 """Give a virtual machine its place in the laboratory, as root in it: `python3 network.py client|gateway|upstream`.
 
 The addresses are those of `ztun.lab.plan`. They are written for systemd-networkd, so that a reboot finds them again.
-Needs nothing but Python's standard library and the source tree on PYTHONPATH.
+Run by the Python of provision/python.sh, with the source tree on PYTHONPATH.
 """
 
 from __future__ import annotations

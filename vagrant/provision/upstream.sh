@@ -1,9 +1,10 @@
 #!/bin/sh
 # The internet: real servers on the addresses of ztun/lab/plan.py. Run as root in the guest, the repository in /ztun.
 set -eu
-/ztun/packaging/install-packages python3 iproute2 openssl '?dante-server' microsocks tinyproxy dnsmasq-base \
+/ztun/packaging/install-packages openssl '?dante-server' microsocks tinyproxy dnsmasq-base \
     nginx-light iperf3 nftables
-PYTHONPATH=/ztun python3 /ztun/vagrant/provision/network.py upstream
+/ztun/vagrant/provision/python.sh
+PYTHONPATH=/ztun /opt/ztun/bin/python /ztun/vagrant/provision/network.py upstream
 cat > /etc/systemd/system/lab.service <<'UNIT'
 [Unit]
 Description=the servers of ztun's laboratory
@@ -12,7 +13,7 @@ After=network-online.target
 
 [Service]
 Environment=PYTHONPATH=/ztun
-ExecStart=/usr/bin/python3 /ztun/vagrant/provision/serve.py
+ExecStart=/opt/ztun/bin/python /ztun/vagrant/provision/serve.py
 RuntimeDirectory=lab
 Restart=on-failure
 LimitNOFILE=65536
