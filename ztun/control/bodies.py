@@ -19,7 +19,9 @@ def cut_maps(answer: Mapping[str, Any], most: int | None, name: str | None = Non
 
     most: None for all. name: of this map alone, and all of its entries. Those with the most hits stay, in their order.
     """
-    maps = [{**entry, "count": len(entry["entries"])} for entry in answer.get("maps") or ()]
+    if "maps" not in answer:
+        return dict(answer)
+    maps = [{**entry, "count": len(entry["entries"])} for entry in answer["maps"]]
     if name is not None:
         maps = [entry for entry in maps if entry["name"] == name]
     elif most is not None:
