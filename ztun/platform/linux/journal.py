@@ -100,7 +100,11 @@ class Journal:
             self._tell(error, path)
             return None
         self._path = path
-        dead = _read(self._fd, path)
+        dead = None
+        try:
+            dead = _read(self._fd, path)
+        except ValueError as error:
+            log.warning("not a state file of ztun's, written anew", file=str(path), reason=str(error))
         if dead is not None and (dead.boot, dead.netns) != (record.boot, record.netns):
             if dead.boot:
                 log.info("the state file is of another time, not used", file=str(path))
@@ -184,11 +188,12 @@ def of(device: str) -> Journal:
 
 
 class Found(NamedTuple):
-    """A state file. record: None when it is none of ours, or cannot be read; alive: whether its instance is."""
+    """A state file. alive: whether its instance is; record: None when it is none of ours; problem: why."""
 
     path: Path
     record: Record | None
     alive: bool
+    problem: str = ""
 
     def is_here(self) -> bool:
         """Whether it speaks of this network namespace since this boot."""
@@ -208,8 +213,11 @@ def taken_over(path: Path) -> Iterator[Record | None]:
     except OSError:
         yield None
         return
+    record = None
     try:
-        yield _read(fd, path)
+        with suppress(ValueError):
+            record = _read(fd, path)
+        yield record
     finally:
         os.close(fd)
 
@@ -274,7 +282,11 @@ def _look(path: Path) -> Found | None:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             alive = True
-        return Found(path, _read(fd, path), alive or not _is_still_there(fd, path))
+        alive = alive or not _is_still_there(fd, path)
+        try:
+            return Found(path, _read(fd, path), alive)
+        except ValueError as error:
+            return Found(path, None, alive, str(error))
     except OSError:
         return None
     finally:
@@ -320,19 +332,17 @@ def _is_still_there(fd: int, path: Path) -> bool:
         return False
 
 
-def _read(fd: int, path: Path) -> Record | None:
-    """The record of an open file, one of no time if it is empty; None for a file that is not ours, which is said."""
+def _read(fd: int, path: Path) -> Record:
+    """The record of an open file, one of no time if it is empty. Raises ValueError, why it is not ours, or OSError."""
     if os.fstat(fd).st_uid not in (0, os.geteuid(), path.parent.stat().st_uid):
-        log.warning("not a state file of ztun's: it belongs to another user", file=str(path))
-        return None
+        raise ValueError("it belongs to another user")
     data = os.pread(fd, _MOST_BYTES, 0)
     if not data:  # killed before the first word
         return Record(path.name.rpartition("-")[0])
     try:
         return _parse(json.loads(data))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("not a state file of ztun's, or half of one: ignored", file=str(path), reason=str(error))
-        return None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(repr(error)) from error
 
 
 def _parse(found: dict[str, Any]) -> Record:

@@ -127,7 +127,10 @@ def _unused_qdiscs(ip: Any, own: Journal) -> Iterator[Leftover]:
 def _in_files(ip: Any, adopter: Journal | None = None) -> Iterator[Leftover]:
     """What the state files of dead instances tell of. adopter: takes their qdiscs over, to be removed later."""
     for found in journal.find_all():
-        if found.alive or found.record is None:
+        if found.record is None:
+            log.warning("not a state file of ztun's, left alone", file=str(found.path), reason=found.problem)
+            continue
+        if found.alive:
             continue
         if found.is_here():
             for line in _lines(ip, found.record, adopter):
