@@ -270,6 +270,7 @@ class Failure(Enum):
     PROXY_FAILED = "proxy failed"  # it answered with something that is no answer, or a general failure
     PROHIBITED = "prohibited"  # the ruleset (ours or the proxy's) forbids it
     UNSUPPORTED = "unsupported"  # e.g. datagrams through an HTTP proxy
+    EXHAUSTED = "no descriptors"  # this process may open no more sockets
 
 
 class OutboundError(Exception):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import structlog
 
-log = structlog.get_logger("ztun.privileges")
+log = structlog.get_logger("ztun.app")
 
 # linux/capability.h.
 DAC_OVERRIDE, NET_BIND_SERVICE, NET_ADMIN, PERFMON, BPF = 1, 10, 12, 38, 39

@@ -179,7 +179,7 @@ async def test_no_descriptors_left(client: Sockets) -> None:
         raise OSError(24, "Too many open files")
 
     error = await refused(DirectOutbound(tools(none_left, nobody, 5)), ROUTER4)
-    assert error.failure is Failure.HOST_UNREACHABLE
+    assert error.failure is Failure.EXHAUSTED
     assert "Too many open files" in str(error)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections.abc import Callable
 
@@ -16,6 +17,10 @@ log = structlog.get_logger("ztun.engine")
 
 # Packets read before others in the event loop get their turn: at most 4 MiB of payload, some milliseconds.
 _BATCH = 64
+# A read that fails for want of memory, or since the device is just being set down: tried again after so many seconds,
+# then after twice as many. Everything else means that the device is gone.
+_PASSING = frozenset({errno.EIO, errno.ENOBUFS, errno.ENOMEM, errno.EINTR})
+_PAUSE, _LONGEST_PAUSE = 0.01, 1.0
 _TRIM_INTERVAL = 5.0  # seconds between looks at how many buffers were not needed
 
 
@@ -33,6 +38,7 @@ class Engine:
         self.read = 0
         self.written = 0
         self.refused = 0  # writes that the kernel did not take
+        self.read_errors = 0  # reads that failed, and were tried again
         self.errors = 0
         self.device_lost: Callable[[OSError], None] | None = None  # told when nothing can be read any more
         self._device = device
@@ -41,6 +47,8 @@ class Engine:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = NEVER
         self._trimmer: asyncio.TimerHandle | None = None
+        self._pause = _PAUSE
+        self._reader: asyncio.TimerHandle | None = None  # set while reading waits
 
     def start(self) -> None:
         self.poller.watch_level(self._device.fileno(), self._readable)
@@ -53,6 +61,9 @@ class Engine:
     def stop(self) -> None:
         """Stop reading and say what is left to say."""
         self.poller.unwatch(self._device.fileno())
+        if self._reader is not None:
+            self._reader.cancel()
+            self._reader = None
         self.send()
         if self._timer is not None:
             self._timer.cancel()
@@ -83,7 +94,10 @@ class Engine:
             try:
                 length = recv_into(buffer)
             except OSError as error:
-                self._lose_device(error)
+                if error.errno in _PASSING:
+                    self._read_later()
+                else:
+                    self._lose_device(error)
                 break
             if not length:
                 break
@@ -103,6 +117,21 @@ class Engine:
         except Exception:
             self._failed()
         self.send()
+
+    def _read_later(self) -> None:
+        """Its descriptor is readable still, and would be all the time."""
+        self.read_errors += 1
+        self.poller.unwatch(self._device.fileno())
+        self._reader = self.loop.call_later(self._pause, self._read_on)
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+    def _read_on(self) -> None:
+        self._reader = None
+        read = self.read
+        self.read_again()
+        self._readable(0)
+        if self.read > read:
+            self._pause = _PAUSE
 
     def _trim(self) -> None:
         self.pool.trim()

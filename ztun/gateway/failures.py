@@ -10,6 +10,7 @@ TCP_ANSWER: dict[Failure, Reason | None] = {
     Failure.REFUSED: None,
     Failure.PROHIBITED: None,
     Failure.UNSUPPORTED: None,
+    Failure.EXHAUSTED: None,
     Failure.HOST_UNREACHABLE: Reason.HOST,
     Failure.NETWORK_UNREACHABLE: Reason.NETWORK,
     Failure.TIMED_OUT: Reason.HOST,

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import structlog
+
 from ztun.gateway.dns_stream import DnsStream
 from ztun.gateway.engine import Engine
 from ztun.gateway.flow import Flow
@@ -23,6 +25,8 @@ from ztun.stack import BufferPool, Closed, Connection, Datagram, DatagramHeader,
 from ztun.stack.sources import SourceCounts, source_of
 from ztun.stack.state import State
 from ztun.wire.icmp import Reason
+
+log = structlog.get_logger("ztun.outbound")
 
 _MAX_DNS_TASKS = 512
 _MAX_DNS_TASKS_PER_SOURCE = 256
@@ -230,6 +234,9 @@ class Gateway:
     def dial_failed(self, flow: Flow, error: OutboundError) -> None:
         """Count and report."""
         self._failures[error.failure.value] += 1
+        if error.failure is Failure.EXHAUSTED:
+            self._stack.drop("tcp-limit-descriptors")
+            log.warning("no descriptors are left, refusing new flows", remedy="raise the limit of open files")
         conn, route = flow.conn, flow.route
         flow_log.refused(
             "tcp",
@@ -340,7 +347,12 @@ class Gateway:
                 "free": len(self._buffers),
             },
             "memory": {"held": stack.memory.used, "limit": stack.memory.limit},
-            "device": {"read": self.engine.read, "written": self.engine.written, "refused": self.engine.refused},
+            "device": {
+                "read": self.engine.read,
+                "written": self.engine.written,
+                "refused": self.engine.refused,
+                "read_errors": self.engine.read_errors,
+            },
             "drops": dict(stack.drops),
         }
 

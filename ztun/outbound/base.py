@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from ztun.outbound import tcp
 from ztun.outbound.datagrams import DirectLink
 from ztun.outbound.dial import Dial, Dialogue, Stage
+from ztun.outbound.errors import failure_of
 from ztun.outbound.pool import WarmPool
 from ztun.outbound.resolving import Resolve as Resolve
 from ztun.outbound.resolving import resolved
@@ -387,6 +388,8 @@ class ProxyOutbound(BaseOutbound):
 
     def _describe(self, dial: Dial, error: OSError | OutboundError) -> OutboundError:
         if isinstance(error, OSError):
+            if failure_of(error) is Failure.EXHAUSTED:
+                return self._error(Failure.EXHAUSTED, f"{error.strerror}")
             return self._error(Failure.PROXY_UNREACHABLE, f"{self._server}: cannot be reached: {error.strerror}")
         return self._error(error.failure, f"{self._server}: {error}")
 

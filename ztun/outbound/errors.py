@@ -18,6 +18,8 @@ _FAILURES = {
     errno.ETIMEDOUT: Failure.TIMED_OUT,
     errno.EACCES: Failure.PROHIBITED,  # a prohibit route, or ICMP administratively prohibited
     errno.EPERM: Failure.PROHIBITED,  # the host's own packet filter
+    errno.EMFILE: Failure.EXHAUSTED,
+    errno.ENFILE: Failure.EXHAUSTED,
 }
 
 # What to report of several addresses that all failed: the answer that says most about the destination itself.
@@ -27,6 +29,7 @@ _TELLING = (
     Failure.TIMED_OUT,
     Failure.HOST_UNREACHABLE,
     Failure.NETWORK_UNREACHABLE,
+    Failure.EXHAUSTED,
 )
 
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
 import socket
 
 from ztun.errors import ZtunError
+
+# Descriptors that flows leave alone: making the TUN again, netlink, the log, the control socket and DNS need them when
+# it matters most. Of them, datagrams (DNS above all) may have those that streams leave.
+_RESERVE: dict[int, int] = {socket.SOCK_STREAM: 64, socket.SOCK_DGRAM: 32}
 
 
 class MarkedSockets:
@@ -16,11 +23,19 @@ class MarkedSockets:
     def __init__(self, mark: int) -> None:
         self.mark = mark
         self.dead: frozenset[str] = frozenset()
+        # The kernel gives the lowest number that is free (open(2)), so a number says how many are in use at least.
+        limit, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._ends = {kind: limit - min(reserve, limit // 4) for kind, reserve in _RESERVE.items()}
 
     def __call__(self, family: int, type: int) -> socket.socket:
-        """Make a socket. Raises OSError as socket(2) does, ZtunError without CAP_NET_ADMIN."""
+        """Make a socket. Raises OSError as socket(2) does, EMFILE already when a reserve is left; ZtunError without
+        CAP_NET_ADMIN.
+        """
         made = socket.socket(family, type | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
+            if made.fileno() >= self._ends.get(type, made.fileno() + 1):
+                made.close()
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             if self.mark:
                 made.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, self.mark)
         except PermissionError as error:
