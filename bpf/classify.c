@@ -33,6 +33,9 @@ BPF_TABLE("lru_hash", u32, struct decision, learned4, MAX_LEARNED);
 BPF_TABLE("lru_hash", struct address6, struct decision, learned6, MAX_LEARNED);
 BPF_TABLE("hash", struct address6, u32, own, MAX_OWN);
 BPF_TABLE("lru_hash", struct address6, struct client, clients, MAX_CLIENTS);
+/* Connections that a host of the LAN answered, and whether there were any: most gateways have none. */
+BPF_TABLE("lru_hash", struct flow, u32, answered, MAX_ANSWERED);
+BPF_ARRAY(is_answering, u32, 1);
 /* What XDP needs besides: the prefixes that are blocked and nothing else, and the interfaces' own MAC addresses. */
 BPF_F_TABLE("lpm_trie", struct prefix4, struct decision, blocked4, MAX_PREFIXES, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("lpm_trie", struct prefix6, struct decision, blocked6, MAX_PREFIXES, BPF_F_NO_PREALLOC);
@@ -184,6 +187,31 @@ static __always_inline void remember_home(struct __sk_buff *skb, struct address6
 		homes.update(source, &now);
 }
 
+/*
+ * A connection that came from outside, by a published port or a pinhole: who answers a SYN did not send one. What
+ * follows in it goes the same way; it would be no connection to ztun.
+ */
+static __always_inline bool is_answer(struct __sk_buff *skb, struct packet *packet)
+{
+	struct flow flow = {.local = packet->source, .remote = packet->destination};
+	__u32 index = 0, yes = 1, *any = is_answering.lookup(&index);
+	__u8 flags;
+
+	if (packet->protocol != IPPROTO_TCP || packet->is_fragment || !any || load(skb, packet->offset + 13, &flags, 1))
+		return false;
+	flags &= TCP_SYN | TCP_ACK;
+	if (flags == TCP_SYN || (!*any && flags != (TCP_SYN | TCP_ACK)))
+		return false;
+	if (load(skb, packet->offset, &flow.local_port, 2))
+		return false;
+	flow.remote_port = packet->destination_port;
+	if (flags != (TCP_SYN | TCP_ACK))
+		return answered.lookup(&flow) != NULL;
+	answered.update(&flow, &yes);
+	*any = 1;
+	return true;
+}
+
 static __always_inline int tunnel(struct __sk_buff *skb, struct packet *packet, __u32 tun_ifindex, __u32 link_header)
 {
 	/* With one of ours it would become a client, and get what is sent to us. */
@@ -278,6 +306,8 @@ static __always_inline int classify(struct __sk_buff *skb, __u32 link_header)
 		count(COUNTER_VERDICT + VERDICT_DIRECT, packet.length);
 		return GO_ON;
 	}
+	if (verdict == VERDICT_TUNNEL && is_answer(skb, &packet))
+		return pass(PASS_ANSWERS, packet.length);
 	if (gateway_is_dead()) {
 		if (!(setting->flags & SETTING_FAIL_CLOSED))
 			return pass(PASS_FAIL_OPEN, packet.length);

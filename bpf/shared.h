@@ -40,6 +40,7 @@ enum pass_reason {
 	PASS_UNCAPTURED, /* of this host, in a flow that is not captured: direct, begun by the other side, or before us */
 	PASS_UNCARRIED,  /* of this host, neither TCP nor UDP nor an echo request: ztun could not carry it */
 	PASS_BACK,       /* from the TUN to a program of this host, by the interface that its packets left by */
+	PASS_ANSWERS,    /* of the LAN, in a connection that came from outside: a published port, a pinhole */
 	PASS_REASONS,
 };
 
@@ -61,9 +62,9 @@ enum host_verdict {
 #define COUNTER_VERDICT 0
 #define COUNTER_DROP 3
 #define COUNTER_PASS 16
-#define COUNTER_XDP 24
-#define COUNTER_HOST 28
-#define COUNTERS 32
+#define COUNTER_XDP 28
+#define COUNTER_HOST 32
+#define COUNTERS 36
 
 /* Rule r of the configuration counts at index r + RULE_OFFSET: the built-in rules are -1 to -4 (ztun.ports.RULE_*). */
 #define RULE_OFFSET 4
@@ -79,6 +80,7 @@ enum host_verdict {
 #define MAX_PORTS 1024
 #define MAX_EXITS 256
 #define MAX_FLOWS 32768
+#define MAX_ANSWERED 16384
 #define MAX_ARRIVALS 16384
 #define MAX_PIECES 1024
 #define MAX_HOMES 1024
@@ -147,7 +149,7 @@ struct decision {
 	__u64 hits;
 };
 
-/* Of TCP or UDP, as this host sees it. */
+/* Of TCP or UDP, as this host sees it, or a client of the LAN. */
 struct flow {
 	struct address6 local;
 	struct address6 remote;

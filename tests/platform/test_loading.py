@@ -180,7 +180,7 @@ def test_python_and_c_agree_on_every_number(bench: Bench) -> None:
 
 def test_counters_of_verdicts_drops_and_passes_do_not_overlap() -> None:
     shared = layout.read_shared(layout.find_sources())
-    enums = [shared.enums[name] for name in ("verdict", "drop_reason", "pass_reason", "xdp_reason")]
+    enums = [shared.enums[name] for name in ("verdict", "drop_reason", "pass_reason", "xdp_reason", "host_verdict")]
     names = shared.counter_names()
     assert len(names) == sum(len(enum) for enum in enums)
     assert max(names) < shared.constants["COUNTERS"]

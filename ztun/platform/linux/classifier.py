@@ -14,7 +14,7 @@ from ztun.platform.linux import host, layout, links, tables, xdp
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.hooks import Hook
 from ztun.platform.linux.host import HostCapture, MakeHook
-from ztun.platform.linux.layout import CLIENT, COUNTER, DECISION, SETTINGS, U32, U64
+from ztun.platform.linux.layout import CLIENT, COUNTER, DECISION, FLOW, SETTINGS, U32, U64
 from ztun.platform.linux.loader import Objects
 from ztun.platform.linux.maps import Map, PerCpuCounters
 from ztun.platform.linux.netlink import NetlinkError, explain
@@ -34,6 +34,7 @@ MAPS = {
     "learned6": (16, DECISION.size, "lru_hash"),
     "own": (16, U32.size, "hash"),
     "clients": (16, CLIENT.size, "lru_hash"),
+    "answered": (FLOW.size, U32.size, "lru_hash"),
     **host.MAPS,
     "counters": (U32.size, COUNTER.size, "percpu_array"),
     "rules": (U32.size, COUNTER.size, "percpu_array"),
@@ -230,6 +231,7 @@ class BpfClassifier:
             "learned6": list(tables.describe_learned(self._maps["learned6"])),
             "own": [{"address": tables.show_address(address)} for address in sorted(self._own)],
             "clients": self._describe_clients(),
+            "answered": [host.show_flow(key) for key, _ in self._maps["answered"].items()],
             **self._host.maps(),
             "counters": [{"counter": name, **values} for name, values in self.counters().items()],
             "rules": [{"rule": rule, **values} for rule, values in self.rule_counters().items()],

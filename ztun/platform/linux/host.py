@@ -158,8 +158,8 @@ class HostCapture:
                 {"ifname": names.get(U32.unpack(key)[0], ""), "versions": self._versions(U32.unpack(value)[0])}
                 for key, value in self._maps["exits"].items()
             ],
-            "flows": [{**_show_flow(key), "rule": I32.unpack(value)[0]} for key, value in self._maps["flows"].items()],
-            "arrivals": [_show_flow(key) for key, _ in self._maps["arrivals"].items()],
+            "flows": [{**show_flow(key), "rule": I32.unpack(value)[0]} for key, value in self._maps["flows"].items()],
+            "arrivals": [show_flow(key) for key, _ in self._maps["arrivals"].items()],
             "pieces": [{"remote": tables.show_address(key[:16])} for key, _ in self._maps["pieces"].items()],
             "homes": list(self._homes(names)),
         }
@@ -189,7 +189,7 @@ def _close(hooks: Sequence[Hook]) -> None:
             log.warning("program not detached", error=str(error), **hook.describe())
 
 
-def _show_flow(key: bytes) -> dict[str, Any]:
+def show_flow(key: bytes) -> dict[str, Any]:
     local, remote, local_port, remote_port = FLOW.unpack(key)
     return {
         "local": tables.show_address(local),
