@@ -1,6 +1,6 @@
 """Linux in the place of macOS: the calls of ztun.platform.darwin, answered by the network namespace we are in.
 
-A utun is a TUN behind a pair of sockets that speaks utun's framing; ifconfig, route and sysctl become ip(8) and files of
+A utun is a TUN behind a pair of sockets that speaks its framing; ifconfig, route and sysctl become ip(8) and files of
 /proc/sys; what rtnetlink says comes out as messages of a routing socket. The messages, errors and words of programs are
 written from XNU's headers and manuals (encoding.py), not recorded on a Mac.
 """
@@ -86,7 +86,10 @@ class LinuxStandIn:
         threading.Thread(target=_tell, args=(_netlink(), far), daemon=True).start()
         return near
 
-    def dump(self, what: int) -> bytes:
+    def dump(self, what: int, argument: int = 0) -> bytes:
+        if what == numbers.NET_RT_FLAGS:
+            assert argument == encoding.LLINFO
+            return dump_neighbours()
         return dump_interfaces() if what == numbers.NET_RT_IFLIST else dump_routes()
 
     # Programs.
@@ -179,6 +182,21 @@ def dump_routes() -> bytes:
             network = ip_network(everything if entry["dst"] == "default" else entry["dst"])
             index = socket.if_nametoindex(entry["dev"])
             out += encoding.route(str(network.network_address), network.prefixlen, index, entry.get("gateway"))
+    return out
+
+
+def dump_neighbours() -> bytes:
+    """NET_RT_FLAGS with RTF_LLINFO: as arp(8) and ndp(8) read it."""
+    out = b""
+    for entry in _ip("neighbour"):
+        if "lladdr" in entry:
+            index, mac = socket.if_nametoindex(entry["dev"]), bytes.fromhex(entry["lladdr"].replace(":", ""))
+            named = {
+                encoding.DST: encoding.sockaddr(entry["dst"]),
+                encoding.GATEWAY: encoding.sockaddr_dl(index, "", mac),
+            }
+            flags = encoding.UP | encoding.HOST | encoding.LLINFO
+            out += encoding.rt_msghdr(encoding.RTM_GET, index, flags, named)
     return out
 
 

@@ -22,7 +22,8 @@ def notify(state: str) -> bool:
         return False
     address = "\0" + path[1:] if path[0] == "@" else path
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as sender:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
             sender.sendto(state.encode(), address)
     except OSError:
         return False

@@ -24,6 +24,7 @@ _CANNOT_CUT = (errno.EIO, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOPROTOOPT, err
 _RECVERR = {socket.AF_INET: (socket.IPPROTO_IP, 11), socket.AF_INET6: (socket.IPPROTO_IPV6, 25)}
 _EXTENDED_ERROR = struct.Struct("=I4B2I")  # struct sock_extended_err, linux/errqueue.h
 _SO_EE_ORIGIN_LOCAL = 1
+_MSG_ERRQUEUE = getattr(socket, "MSG_ERRQUEUE", 0)  # Linux alone has it
 
 Address = tuple[Any, ...]  # (host, port) or (host, port, flow, scope)
 
@@ -54,7 +55,7 @@ class UdpSocket:
         self._sock = sock
         self._on_run = on_run
         self._on_error = on_error
-        self._has_error_queue = hasattr(socket, "MSG_ERRQUEUE")
+        self._has_error_queue = bool(_MSG_ERRQUEUE)
         self.closed = False
         self._drops = drops
         self.cuts = _MAX_BYTES if self._has_error_queue else 0  # as much a thing of Linux as UDP_SEGMENT
@@ -166,7 +167,7 @@ class UdpSocket:
             if self.closed:
                 return count
             try:
-                _, ancillary, _, address = self._sock.recvmsg(0, 512, socket.MSG_ERRQUEUE)
+                _, ancillary, _, address = self._sock.recvmsg(0, 512, _MSG_ERRQUEUE)
             except OSError:
                 return count
             self._report(ancillary, address)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from ztun.errors import ConfigError, ZtunError
 from ztun.platform.darwin import forwarding, kqueue, netstate, poller, resolver
@@ -75,7 +76,7 @@ async def make_classifier(
     hijack_dns: bool,
     fail: str,
     own_addresses: Iterable[bytes],
-    xdp: bool = True,
+    xdp: bool | str = True,
     host: bool = False,
     tun_addresses: Iterable[bytes] = (),
 ) -> PythonClassifier:
@@ -111,8 +112,9 @@ def make_monitor(mark: int) -> DarwinNetworkMonitor:
     return DarwinNetworkMonitor(_system.calls, make_socket_factory(mark), _disturb)
 
 
-def make_own_flows(mark: int) -> None:
-    """Nobody here knows whose flow it is; sockets are bound to the interface that they leave by."""
+def make_own_flows(mark: int) -> Any:
+    """None: sockets are bound to the interface that they leave by, and do not come back."""
+    return None
 
 
 def make_socket_factory(mark: int) -> BoundSockets:

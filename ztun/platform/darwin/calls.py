@@ -56,8 +56,8 @@ class Calls(Protocol):
         """A socket of PF_ROUTE, which hears of every change (route(4))."""
         ...
 
-    def dump(self, what: int) -> bytes:
-        """sysctl(3) of CTL_NET, PF_ROUTE: the messages of NET_RT_IFLIST or NET_RT_DUMP."""
+    def dump(self, what: int, argument: int = 0) -> bytes:
+        """sysctl(3) of CTL_NET, PF_ROUTE: the messages of NET_RT_IFLIST, NET_RT_DUMP, or NET_RT_FLAGS (RTF_*)."""
         ...
 
     def run(self, argv: Sequence[str]) -> Done:
@@ -90,8 +90,8 @@ class SystemCalls:
     def route_socket(self) -> socket.socket:
         return socket.socket(numbers.AF_ROUTE, socket.SOCK_RAW, 0)
 
-    def dump(self, what: int) -> bytes:
-        name = (ctypes.c_int * 6)(numbers.CTL_NET, numbers.AF_ROUTE, 0, 0, what, 0)
+    def dump(self, what: int, argument: int = 0) -> bytes:
+        name = (ctypes.c_int * 6)(numbers.CTL_NET, numbers.AF_ROUTE, 0, 0, what, argument)
         size = ctypes.c_size_t(0)
         _sysctl(name, None, size)
         # It may grow between the two calls.

@@ -16,10 +16,11 @@ import structlog
 
 from ztun.platform.darwin import packets
 from ztun.platform.darwin.forwarding import Forwarding
+from ztun.platform.darwin.neighbours import Neighbours
 from ztun.platform.darwin.routes import PrefixRoutes
 from ztun.platform.darwin.table import Entry, Key, PrefixTable, halves, outermost
 from ztun.platform.darwin.utun import UtunDevice
-from ztun.ports import RULE_BUILTIN, RULE_DEFAULT, RULE_DNS, RULE_FAKE_IP, Prefix, Verdict
+from ztun.ports import RULE_BUILTIN, RULE_DEFAULT, RULE_DNS, RULE_FAKE_IP, Origin, Prefix, Verdict
 
 log = structlog.get_logger("ztun.classifier")
 
@@ -133,11 +134,19 @@ class PythonClassifier:
     backend = "python"
     carries_direct = True  # what is direct comes to the stack as well
 
-    def __init__(self, device: UtunDevice, routes: PrefixRoutes, forwarding: Forwarding, capture: Capture) -> None:
+    def __init__(
+        self,
+        device: UtunDevice,
+        routes: PrefixRoutes,
+        forwarding: Forwarding,
+        neighbours: Neighbours,
+        capture: Capture,
+    ) -> None:
         self.fallback_reason: str | None = None
         self._device = device
         self._routes = routes
         self._forwarding = forwarding
+        self._neighbours = neighbours
         self._capture = capture
         self._prefixes: list[Prefix] = []
         self._is_attached = False
@@ -208,6 +217,10 @@ class PythonClassifier:
 
     def heartbeat(self) -> None:
         """Nothing to do: the utun and its routes go with the process."""
+
+    def origin(self, address: bytes) -> Origin | None:
+        """See ztun.ports.Classifier.origin: by the route back to the client, as a utun does not tell."""
+        return self._neighbours.origin(address)
 
     def counters(self) -> dict[str, dict[str, int]]:
         """Verdict, drop reason or pass reason (the names of bpf/shared.h) -> {"packets", "bytes"}."""

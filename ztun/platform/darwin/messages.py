@@ -19,6 +19,7 @@ _START = struct.Struct("=HBB")  # length, version, type: the same in every messa
 _ROUTE = struct.Struct("=HBBH2xiiiiiiI56x")
 _INTERFACE = struct.Struct("=HBBiiH2x96x")  # length, version, type, addrs, flags, index; struct if_data
 _ADDRESS = struct.Struct("=HBBiiH2xi")  # length, version, type, addrs, flags, index, metric
+_MAC_LENGTH = 6
 _LINK_NAME_AT = 8  # struct sockaddr_dl: len, family, index, type, nlen, alen, slen, data
 _ADDRESS_AT = {numbers.AF_INET: (4, 4), numbers.AF_INET6: (8, 16)}  # family -> where it stands, how long it is
 
@@ -126,6 +127,15 @@ def length_of(netmask: bytes | None, family: int) -> int:
     at, size = _ADDRESS_AT[family]
     bits = int.from_bytes((netmask or b"")[at : at + size].ljust(size, b"\0"))
     return bits.bit_count()
+
+
+def link_address(socket_address: bytes | None) -> bytes | None:
+    """The MAC address in a sockaddr_dl, behind the name; None where there is none."""
+    if socket_address is None or len(socket_address) < _LINK_NAME_AT or socket_address[1] != numbers.AF_LINK:
+        return None
+    start = _LINK_NAME_AT + socket_address[5]
+    found = socket_address[start : start + socket_address[6]]
+    return found if len(found) == _MAC_LENGTH else None
 
 
 def link_name(socket_address: bytes | None) -> str:

@@ -13,6 +13,7 @@ AF_LINK = 18
 AF_INET6 = 30
 AF_SYSTEM = 32
 NET_RT_DUMP = 1
+NET_RT_FLAGS = 2
 NET_RT_IFLIST = 3
 
 # bsd/sys/sysctl.h

@@ -1,0 +1,60 @@
+"""`python as_darwin.py ARGUMENTS` is `ztun ARGUMENTS` with the macOS part of ztun, on Linux.
+
+sys.platform says "darwin" while the two modules are imported that look at it, and nowhere else. What macOS would do is
+done by the stand-ins beside this file. The directory of resolver(5) and that of the saved sysctls are given by the
+environment: ZTUN_TEST_RESOLVER, ZTUN_TEST_RUN; ZTUN_TEST_TRACE is a file that gets, at the end, what was asked for.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from darwin.kqueue_stand_in import EpollQueue
+from darwin.stand_in import LinuxStandIn
+
+
+def _become_darwin() -> None:
+    here = [name for name in sys.modules if name.startswith("ztun")]
+    for name in here:
+        del sys.modules[name]
+    before, sys.platform = sys.platform, "darwin"
+    try:
+        import ztun.defaults
+        import ztun.platform  # noqa: F401
+    finally:
+        sys.platform = before
+
+
+def main() -> int:
+    _become_darwin()
+    from ztun.platform import darwin
+    from ztun.platform.darwin import forwarding, resolver
+
+    calls = LinuxStandIn()
+    darwin.use(calls, EpollQueue)
+    resolver.DIRECTORY = Path(os.environ["ZTUN_TEST_RESOLVER"])
+    forwarding.DIRECTORY = Path(os.environ["ZTUN_TEST_RUN"])
+    trace = Path(os.environ["ZTUN_TEST_TRACE"])
+
+    def write() -> None:
+        with contextlib.suppress(PermissionError):
+            trace.write_text(json.dumps({"ran": calls.ran, "frames": [frame.hex() for frame in calls.frames]}))
+
+    atexit.register(write)
+    from ztun import privileges
+
+    privileges.current = lambda thread="": None  # macOS has no capabilities(7)
+    signal.signal(signal.SIGUSR2, lambda *_: [bridge.remove() for bridge in calls.bridges.values()])
+    from ztun.cli import main as run
+
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
