@@ -72,12 +72,11 @@ class ClsactHook:
         netlink.run(lambda ip: self._attach(ip, program, f"ztun:{device}:{name}"))
 
     def _attach(self, ip: Any, program: int, tag: str) -> None:
-        before = find_filters(ip, self._index)
-        ours = [found.name for found in before if found.device == self._device]
-        inherited = self._index in self._journal.record.qdiscs or any(name.endswith(":qdisc") for name in ours)
+        before = [found for found in find_filters(ip, self._index) if self._may_replace(found.device)]
+        inherited = self._index in self._journal.record.qdiscs or any(each.name.endswith(":qdisc") for each in before)
         made = self._make_qdisc(ip, inherited)
         is_ours = made or inherited
-        is_there = any(found.parent == self._parent and found.device == self._device for found in before)
+        is_there = any(found.parent == self._parent for found in before)
         try:
             ip.tc(
                 "replace-filter" if is_there else "add-filter",
@@ -96,6 +95,10 @@ class ClsactHook:
                 self._journal.discard_qdisc(self._index)
             raise
         self._journal.attached.add((self._index, self._parent))
+
+    def _may_replace(self, device: str) -> bool:
+        """Whether a filter is that of our TUN, whose name nobody else has, or of one that is gone with its process."""
+        return device == self._device or links.index_of(device) is None
 
     def _make_qdisc(self, ip: Any, inherited: bool) -> bool:
         """Written down first: killed between the two, nobody else would know whose it is."""
