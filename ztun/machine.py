@@ -13,12 +13,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ztun.config import Settings
 from ztun.errors import ConfigError, ZtunError
 
 CAP_NET_ADMIN = 12  # linux/capability.h
 DNS_PORT = 53
 FALLBACK_SERVER = "udp://9.9.9.9:53"
+# That of the host, and what systemd-resolved(8) and NetworkManager(8) know where that one names their stub.
+RESOLV_CONFS = tuple(
+    map(
+        Path,
+        (
+            "/etc/resolv.conf",
+            "/run/systemd/resolve/resolv.conf",
+            "/run/NetworkManager/no-stub-resolv.conf",
+            "/run/NetworkManager/resolv.conf",
+        ),
+    )
+)
 # Duplicate address detection keeps a new IPv6 address from being used for a second (RFC 4862, section 5.4).
 _DETECTION_TIME = 3.0
 
@@ -200,9 +211,32 @@ def default_servers(resolv_conf: str, listen: Sequence[str], own: Collection[IpA
     return servers or [FALLBACK_SERVER]
 
 
-def read_resolv_conf() -> str:
+def read_resolv_conf(path: Path = Path("/etc/resolv.conf")) -> str:
     """The text of /etc/resolv.conf, empty when there is none."""
     try:
-        return Path("/etc/resolv.conf").read_text(errors="replace")
+        return path.read_text(errors="replace")
     except OSError:
         return ""
+
+
+def read_real_resolv_conf(paths: Iterable[Path] = RESOLV_CONFS) -> str:
+    """The first of these files that names a server beyond this host, without those that are on it.
+
+    What a resolver on this host asks comes to us where this host is captured, so that asking it would be asking
+    ourselves. Those that serve a stub there write down whom they ask.
+    """
+    for path in paths:
+        lines = [line for line in read_resolv_conf(path).splitlines() if not _names_loopback(line)]
+        if any(line.split()[:1] == ["nameserver"] for line in lines):
+            return "\n".join(lines)
+    return ""
+
+
+def _names_loopback(line: str) -> bool:
+    words = line.split()
+    if len(words) < 2 or words[0] != "nameserver":
+        return False
+    try:
+        return ipaddress.ip_address(words[1]).is_loopback
+    except ValueError:
+        return False

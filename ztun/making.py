@@ -137,7 +137,9 @@ def choose_servers(settings: Settings, listen: list[str], addresses: list[machin
     """Whom to ask for names: `dns.servers`, or the resolvers of this host."""
     if "servers" in settings.dns.model_fields_set:
         return list(settings.dns.servers)
-    return machine.default_servers(machine.read_resolv_conf(), listen, [entry.ip for entry in addresses])
+    comes_back = settings.capture.host and settings.dns.hijack
+    known = machine.read_real_resolv_conf() if comes_back else machine.read_resolv_conf()
+    return machine.default_servers(known, listen, [entry.ip for entry in addresses])
 
 
 def wanted_listeners(settings: Settings) -> list[str] | None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,6 +119,27 @@ def test_upstream_resolvers_are_those_of_the_system_but_never_ourselves(
     text: str, listen: list[str], expected: list[str]
 ) -> None:
     assert machine.default_servers(text, listen, OWN) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["nameserver 192.0.2.1"], ["udp://192.0.2.1:53"]),
+        (["nameserver 127.0.0.1\nnameserver 192.0.2.1"], ["udp://192.0.2.1:53"]),
+        (["nameserver 127.0.0.53", "nameserver 192.0.2.2\nsearch lan"], ["udp://192.0.2.2:53"]),
+        (["nameserver ::1", "", "nameserver 2001:db8::1"], ["udp://[2001:db8::1]:53"]),
+        (["nameserver 127.0.0.53", "nameserver 127.0.0.1"], [machine.FALLBACK_SERVER]),
+        ([], [machine.FALLBACK_SERVER]),
+    ],
+)
+def test_a_resolver_of_this_host_is_not_asked_for_what_it_asks_us(
+    tmp_path: Path, files: list[str], expected: list[str]
+) -> None:
+    paths = [tmp_path / str(number) for number, _ in enumerate(files)]
+    for path, text in zip(paths, files, strict=True):
+        path.write_text(text)
+    found = machine.read_real_resolv_conf([*paths, tmp_path / "absent"])
+    assert machine.default_servers(found, [], OWN) == expected
 
 
 def test_without_privilege_the_remedy_is_named() -> None:

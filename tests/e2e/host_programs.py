@@ -86,6 +86,8 @@ def _serve(server: socket.socket, kind: int) -> None:
         while True:
             if kind == socket.SOCK_DGRAM:
                 data, peer = server.recvfrom(65535)
+                if peer is None:
+                    return  # shut down
                 server.sendto(data, peer)
                 continue
             accepted, _ = server.accept()
