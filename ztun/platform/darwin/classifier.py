@@ -24,7 +24,8 @@ from ztun.ports import RULE_BUILTIN, RULE_DEFAULT, RULE_DNS, RULE_FAKE_IP, Origi
 
 log = structlog.get_logger("ztun.classifier")
 
-# The names of bpf/shared.h, in its order: verdicts, reasons to drop, packets that were no verdict's business.
+# The names of bpf/shared.h, in its order: verdicts, reasons to drop, packets that were no verdict's business, and what
+# hooks of Linux count for themselves. Those that have no place here stay at 0.
 VERDICTS = ("direct", "tunnel", "drop")
 COUNTERS = (
     *VERDICTS,
@@ -38,10 +39,20 @@ COUNTERS = (
     "drop_bad_source",
     "drop_gateway_dead",
     "drop_no_room",
+    "drop_loop",
     "pass_other",
     "pass_fail_open",
     "pass_replies",
     "pass_to_host",
+    "pass_marked",
+    "pass_uncaptured",
+    "pass_uncarried",
+    "pass_back",
+    "pass_answers",
+    "xdp_drops",
+    "host_direct",
+    "host_tunnel",
+    "host_drop",
 )
 MOST_LEARNED = 65536  # MAX_LEARNED of bpf/shared.h
 # A route costs a run of route(8). Beyond so many everything comes to us, and is decided here.
@@ -103,7 +114,7 @@ class Decider:
         try:
             source, destination, port, is_fragment, length = packets.parse(packet)
         except packets.Refused as refused:
-            return self._drop(str(refused), len(packet))
+            return self._drop(refused.reason, refused.length)
         verdict, rule = self.decide(destination, port, is_fragment)
         counter = self.rules.get(rule)
         if counter is None:

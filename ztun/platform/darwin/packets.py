@@ -25,7 +25,12 @@ Parsed = tuple[bytes, bytes, int, bool, int]
 
 
 class Refused(Exception):  # noqa: N818 (it reads as what it says)
-    """The packet is to be dropped; the argument is the counter's name."""
+    """The packet is to be dropped: the counter's name, and the length that is counted."""
+
+    def __init__(self, reason: str, length: int) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.length = length
 
 
 def parse(packet: memoryview) -> Parsed:
@@ -35,18 +40,18 @@ def parse(packet: memoryview) -> Parsed:
         return _parse4(packet)
     if version == 6:
         return _parse6(packet)
-    raise Refused(BAD_VERSION if len(packet) >= _V4.size else TRUNCATED)
+    raise Refused(BAD_VERSION if len(packet) >= _V4.size else TRUNCATED, len(packet))
 
 
 def _parse4(packet: memoryview) -> Parsed:
     if len(packet) < _V4.size:
-        raise Refused(TRUNCATED)
+        raise Refused(TRUNCATED, len(packet))
     first, total, fragment, protocol, source, destination = _V4.unpack_from(packet)
     header = (first & 15) * 4
     if header < _V4.size or header > len(packet):
-        raise Refused(BAD_HEADER)
+        raise Refused(BAD_HEADER, len(packet))
     if total < header or total > len(packet):
-        raise Refused(BAD_LENGTH)
+        raise Refused(BAD_LENGTH, len(packet))
     if fragment & 0x1FFF:  # beyond the first fragment there is payload where the ports would be
         protocol = _NONE
     port = _port(packet, header, total) if protocol in (_TCP, _UDP) else 0
@@ -55,11 +60,11 @@ def _parse4(packet: memoryview) -> Parsed:
 
 def _parse6(packet: memoryview) -> Parsed:
     if len(packet) < _V6.size:
-        raise Refused(TRUNCATED)
+        raise Refused(TRUNCATED, len(packet))
     _first, length, protocol, source, destination = _V6.unpack_from(packet)
     total = _V6.size + length
     if total > len(packet):
-        raise Refused(BAD_LENGTH)
+        raise Refused(BAD_LENGTH, len(packet))
     offset, is_fragment = _V6.size, False
     if protocol in _EXTENSIONS:
         protocol, offset, is_fragment = _walk(packet, protocol, total)
@@ -74,7 +79,7 @@ def _walk(packet: memoryview, protocol: int, total: int) -> tuple[int, int, bool
         if protocol not in _EXTENSIONS:
             break
         if offset + 8 > total:
-            raise Refused(BAD_EXTENSION)
+            raise Refused(BAD_EXTENSION, total)
         following, size = packet[offset], packet[offset + 1]
         length = (size + 2) * 4 if protocol == _AUTHENTICATION else (size + 1) * 8
         if protocol == _FRAGMENT:
@@ -86,16 +91,16 @@ def _walk(packet: memoryview, protocol: int, total: int) -> tuple[int, int, bool
         protocol = following
         offset += length
         if offset > total:
-            raise Refused(BAD_EXTENSION)
+            raise Refused(BAD_EXTENSION, total)
     if protocol in _EXTENSIONS:
-        raise Refused(BAD_EXTENSION)
+        raise Refused(BAD_EXTENSION, total)
     return protocol, offset, is_fragment
 
 
 def _port(packet: memoryview, offset: int, total: int) -> int:
     """The destination port, which TCP (RFC 9293, section 3.1) and UDP (RFC 768) have in the same place."""
     if offset + 4 > total:
-        raise Refused(SHORT_TRANSPORT)
+        raise Refused(SHORT_TRANSPORT, total)
     return int(_PORT.unpack_from(packet, offset + 2)[0])
 
 
