@@ -9,14 +9,15 @@ from __future__ import annotations
 import errno
 import socket
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import structlog
 
 from ztun.errors import ZtunError
-from ztun.platform.linux import host_rules, journal, links, neighbours, netlink, sysctl
+from ztun.platform.linux import host_rules, journal, links, neighbours, netlink, route_batches, sysctl
 from ztun.platform.linux.capture import Capture
+from ztun.platform.linux.route_batches import Route
 from ztun.platform.linux.routes import PROTOCOL
 from ztun.platform.linux.table_numbers import TABLES, table_of_rule
 from ztun.platform.linux.table_numbers import dns_table_of as dns_table_of
@@ -27,11 +28,15 @@ from ztun.ports import Origin, Prefix, Verdict
 log = structlog.get_logger("ztun.classifier")
 
 _RULE_PRIORITY = 31340  # before main (32766); port 53 one earlier
-_LEARNED = 4096
+MOST_LEARNED = 4096
 # Far behind: what holds when the TUN and its routes are gone and nothing may pass ("fail": "closed").
 _LAST_METRIC = 0x7FFFFFFF
-_TYPES = {Verdict.DIRECT: "throw", Verdict.TUNNEL: "unicast", Verdict.DROP: "blackhole"}
-_TYPE_NAMES = {1: "unicast", 6: "blackhole", 9: "throw"}  # RTN_*, linux/rtnetlink.h
+_KINDS = {
+    Verdict.DIRECT: route_batches.THROW,
+    Verdict.TUNNEL: route_batches.UNICAST,
+    Verdict.DROP: route_batches.BLACKHOLE,
+}
+_SLICE = 4096  # routes that are changed before others may do something
 _DEFAULT_METRIC6 = 1024  # IP6_RT_PRIO_USER, net/ip6_route.h
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _ABSENT = [errno.ESRCH, errno.ENOENT, errno.ENODEV, errno.EAFNOSUPPORT]
@@ -68,8 +73,18 @@ class RoutesClassifier:
 
     def replace_rules(self, prefixes: Iterable[Prefix]) -> None:
         """Make the table equal to `prefixes`, changing only what differs. Raises ZtunError."""
+        for _ in self.replacing_rules(prefixes):
+            pass
+
+    def replacing_rules(self, prefixes: Iterable[Prefix]) -> Iterator[None]:
+        """The same, some thousand routes at a time: between two of them the caller may do something else."""
         self._prefixes = {(prefix.network, prefix.length): Entry(prefix.verdict, prefix.rule) for prefix in prefixes}
-        self._synchronise(self._prefixes.keys() | self._learned.keys() | self._installed.keys())
+        gone = [key for key in self._installed if key not in self._prefixes and key not in self._learned]
+        # New ones first: an address never falls through to a shorter prefix on the way.
+        for keys in (list(self._prefixes), gone):
+            for start in range(0, len(keys), _SLICE):
+                self._synchronise(keys[start : start + _SLICE])
+                yield
 
     def learn(self, address: bytes, verdict: Verdict, rule: int) -> None:
         """Give one address its own route. The least recently learned makes room for it."""
@@ -77,7 +92,7 @@ class RoutesClassifier:
         self._learned[key] = entry
         self._learned.move_to_end(key)
         changed = {key}
-        if len(self._learned) > _LEARNED:
+        if len(self._learned) > MOST_LEARNED:
             changed.add(self._learned.popitem(last=False)[0])
         self._synchronise(changed)
 
@@ -96,52 +111,36 @@ class RoutesClassifier:
         if not changes:
             return
 
-        def change(ip: Any) -> None:
-            for key, entry in changes.items():
-                self._change(ip, key, entry)
-
+        added, removed = [], []
+        for key, entry in changes.items():
+            now = set(self._routes_of(key, entry))
+            before = set(self._routes_of(key, self._installed.get(key)))
+            added += [route for route in now if route not in before]
+            # What takes the place of a route with the same metric is rid of it already.
+            removed += [one for one in before - now if not any(one.metric == route.metric for route in now)]
         try:
-            netlink.run(change)
+            route_batches.replace(self._table, added)
+            route_batches.delete(self._table, removed)
         except netlink.NetlinkError as error:
             raise ZtunError(f"cannot change routes of {self._capture.device}: {netlink.explain(error)}") from error
+        for key, entry in changes.items():
+            if entry is None:
+                del self._installed[key]
+            else:
+                self._installed[key] = entry
 
-    def _change(self, ip: Any, key: Key, entry: Entry | None) -> None:
-        before = self._installed.get(key)
-        if before is not None and (entry is None or entry.verdict != before.verdict):
-            self._delete(ip, key, before)
+    @property
+    def _table(self) -> route_batches.Table:
+        return route_batches.Table(table_of(self._capture.device), PROTOCOL, self._index)
+
+    def _routes_of(self, key: Key, entry: Entry | None) -> list[Route]:
+        """The routes of one prefix: into the TUN, and with `fail: closed` the one that holds when the TUN is gone."""
         if entry is None:
-            self._installed.pop(key, None)
-            return
-        if before is None or entry.verdict != before.verdict:
-            self._add(ip, key, entry)
-        self._installed[key] = entry
-
-    def _add(self, ip: Any, key: Key, entry: Entry) -> None:
-        route = self._route(key, entry)
-        ip.route("replace", **route)
+            return []
+        routes = [Route(*key, _KINDS[entry.verdict])]
         if entry.verdict == Verdict.TUNNEL and self._capture.fail_closed:
-            ip.route("replace", **self._barrier(key))
-
-    def _delete(self, ip: Any, key: Key, entry: Entry) -> None:
-        netlink.ignoring(_ABSENT, ip.route, "del", **self._route(key, entry))
-        if entry.verdict == Verdict.TUNNEL and self._capture.fail_closed:
-            netlink.ignoring(_ABSENT, ip.route, "del", **self._barrier(key))
-
-    def _route(self, key: Key, entry: Entry) -> dict[str, Any]:
-        network, length = key
-        route = {
-            "dst": f"{socket.inet_ntop(_family(network), network)}/{length}",
-            "family": _family(network),
-            "table": table_of(self._capture.device),
-            "proto": PROTOCOL,
-            "type": _TYPES[entry.verdict],
-        }
-        if entry.verdict == Verdict.TUNNEL:
-            route["oif"] = self._index
-        return route
-
-    def _barrier(self, key: Key) -> dict[str, Any]:
-        return {**self._route(key, Entry(Verdict.DROP, 0)), "priority": _LAST_METRIC}
+            routes.append(Route(*key, route_batches.BLACKHOLE, _LAST_METRIC))
+        return routes
 
     def heartbeat(self) -> None:
         """Nothing to do: routes into the TUN go with the process."""
@@ -158,6 +157,7 @@ class RoutesClassifier:
         """
         self._follow()
         if self._is_attached:
+            self._put_back_rules()
             return
         self._is_attached = self._journal.has_policy = True
         try:
@@ -170,6 +170,24 @@ class RoutesClassifier:
             "capturing with routes alone: no counters for each rule, learned names cost a route each",
             sysctls=self._sysctls.changes(),
         )
+
+    def _put_back_rules(self) -> None:
+        """networkd, for one, removes what it does not know whenever it starts. Raises ZtunError."""
+
+        def put_back(ip: Any) -> int:
+            there = [_same_rule(rule) for family in _FAMILIES for rule in ip.get_rules(family=family)]
+            wanted = [{**rule, "family": family} for family in self._families() for rule in self._rules(family)]
+            missing = [rule for rule in wanted if rule not in there]
+            for rule in missing:
+                netlink.ignoring([errno.EEXIST], ip.rule, "add", **rule)
+            return len(missing)
+
+        try:
+            count = netlink.run(put_back)
+        except netlink.NetlinkError as error:
+            raise ZtunError(f"cannot add ip rules: {netlink.explain(error)}") from error
+        if count:
+            log.warning("somebody removed our ip rules, put them back", rules=count)
 
     def captured(self) -> Mapping[str, str]:
         """LAN interface -> "captured" or "absent"."""
@@ -236,20 +254,15 @@ class RoutesClassifier:
 
     def _remove_strangers(self, ip: Any) -> None:
         """Rules and routes that a dead instance left in our tables, now that ours are there: no moment without."""
-        routes = [route for key, entry in self._installed.items() for route in self._routes_of(key, entry)]
-        wanted = {(route["dst"], route["type"], route.get("priority", 0)) for route in routes}
+        wanted = {route for key, entry in self._installed.items() for route in self._routes_of(key, entry)}
         wanted_rules = [{**rule, "family": family} for family in self._families() for rule in self._rules(family)]
         for table, found in find_policy(ip).items():
             if table not in (table_of(self._capture.device), dns_table_of(self._capture.device)):
                 continue
             rules = [rule for rule in found.rules if _same_rule(rule) not in wanted_rules]
             strange = [] if table == dns_table_of(self._capture.device) else found.routes
-            strange = [route for route in strange if _route_key(route) not in wanted]
+            strange = [route for route in strange if _usual(route) not in wanted]
             remove_installed(ip, Installed(rules, strange), table)
-
-    def _routes_of(self, key: Key, entry: Entry) -> list[dict[str, Any]]:
-        has_barrier = entry.verdict == Verdict.TUNNEL and self._capture.fail_closed
-        return [self._route(key, entry), *([self._barrier(key)] if has_barrier else [])]
 
     def _families(self) -> list[int]:
         has_ipv6 = sysctl.read(f"ipv6/conf/{self._capture.device}/disable_ipv6") == "0"
@@ -296,10 +309,10 @@ class RoutesClassifier:
 
 
 class Installed(NamedTuple):
-    """ip rules and routes of one of our tables, as rtnetlink messages."""
+    """What there is of one of our tables. rules: as rtnetlink messages."""
 
     rules: list[Any]
-    routes: list[Any]
+    routes: list[Route]
 
     def describe(self, table: int) -> list[str]:
         lines = [f"ip rule to table {table}"] * len(self.rules)
@@ -314,10 +327,9 @@ def find_policy(ip: Any) -> dict[int, Installed]:
             table = table_of_rule(rule)
             if table & ~0xFFFF == TABLES and netlink.attribute(rule, "FRA_PROTOCOL") == PROTOCOL:
                 found.setdefault(table, Installed([], [])).rules.append(rule)
-        for route in ip.get_routes(family=family):
-            table = netlink.attribute(route, "RTA_TABLE") or 0
-            if table & ~0xFFFF == TABLES and route["proto"] == PROTOCOL:
-                found.setdefault(table, Installed([], [])).routes.append(route)
+    for table, route in route_batches.list_all(PROTOCOL):
+        if table & ~0xFFFF == TABLES:
+            found.setdefault(table, Installed([], [])).routes.append(route)
     return found
 
 
@@ -325,8 +337,7 @@ def remove_installed(ip: Any, installed: Installed, table: int) -> None:
     """Rules first, so that nothing is looked up in half a table."""
     for rule in installed.rules:
         netlink.ignoring(_ABSENT, ip.rule, "del", **_same_rule(rule))
-    for route in installed.routes:
-        netlink.ignoring(_ABSENT, ip.route, "del", **_same_route(route, table))
+    route_batches.delete(route_batches.Table(table, PROTOCOL, 0), installed.routes)
 
 
 def remove_policy(ip: Any, device: str) -> list[str]:
@@ -353,23 +364,7 @@ def _same_rule(rule: Any) -> dict[str, Any]:
     return {"family": rule["family"], **{keyword: value for keyword, value in found.items() if value is not None}}
 
 
-def _route_key(route: Any) -> tuple[str, str, int]:
-    """(destination, type, metric) as `RoutesClassifier._route` names them."""
-    same = _same_route(route, 0)
-    is_default = same["family"] == socket.AF_INET6 and same["priority"] == _DEFAULT_METRIC6
-    return same["dst"], _TYPE_NAMES.get(same["type"], ""), 0 if is_default else same["priority"]
-
-
-def _same_route(route: Any, table: int) -> dict[str, Any]:
-    destination = netlink.attribute(route, "RTA_DST") or ("0.0.0.0" if route["family"] == socket.AF_INET else "::")
-    return {
-        "family": route["family"],
-        "dst": f"{destination}/{route['dst_len']}",
-        "table": table,
-        "type": route["type"],
-        "priority": netlink.attribute(route, "RTA_PRIORITY") or 0,
-    }
-
-
-def _family(network: bytes) -> int:
-    return socket.AF_INET if len(network) == 4 else socket.AF_INET6
+def _usual(route: Route) -> Route:
+    """A route as the kernel lists it, in the words of `RoutesClassifier._routes_of`."""
+    is_usual = len(route.network) == 16 and route.metric == _DEFAULT_METRIC6
+    return route._replace(metric=0) if is_usual else route
