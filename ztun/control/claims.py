@@ -110,6 +110,17 @@ class Claims:
             self._held.popitem()[1].close()
 
 
+def conflicts(claims: Iterable[Claim], own: int | None) -> list[str]:
+    """A line for each claim that another instance than the process `own` stands in the way of. Claims nothing."""
+    others, found = [one for one in holders() if one.pid != own], []
+    for claim in claims:
+        try:
+            _refuse(claim, [one for one in others if one[:2] == claim[:2] or _overlap(claim, one)])
+        except Claimed as problem:
+            found.append(str(problem))
+    return found
+
+
 def _overlap(claim: Claim, other: Holder) -> bool:
     if other.kind != RANGE:
         return False
