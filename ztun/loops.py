@@ -16,7 +16,7 @@ from ztun.assembly import Assembly
 
 log = structlog.get_logger("ztun.network")
 
-_INTERVAL = 5.0  # seconds between looks; after each that found something, twice as long
+_INTERVAL = 2.0  # seconds between looks; after each that found something, twice as long
 _LONGEST = 640.0
 _REMEDY = "no proxy and no DNS server may be behind the TUN: look at their addresses, and at routes and ip rules"
 
