@@ -15,7 +15,7 @@ from vm.logs import collect
 from vm.qemu import Qemu
 from vm.vagrant import Vagrant
 
-_LONGEST = 1200  # seconds for one test, bringing machines up included
+_LONGEST = 2400  # seconds for one test, bringing machines up included
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

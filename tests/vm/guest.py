@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 ROOT = Path(__file__).resolve().parents[2]
 MACHINES: dict[str, Any] = json.loads((ROOT / "vagrant" / "machines.json").read_text())
 # Seconds. Without hardware virtualisation a guest is some fifteen times slower than this machine.
-PATIENCE = 180.0
-BOOT = 600.0
+PATIENCE = 300.0
+BOOT = 900.0
 _UNREACHABLE = 255  # ssh(1): its own failure, not the command's
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vm.guest import MACHINES, Guest, Reach, sources
+from vm.guest import BOOT, MACHINES, Guest, Reach, sources
 
 _FIRST_PORT = 2201  # on the loopback of the world's own network namespace
 _NETWORKS = ("ztun-lan", "ztun-wan")
@@ -98,7 +98,7 @@ class Qemu:
     def _provision(self, guest: Guest, packed: bytes) -> None:
         guest.wait()
         guest.run("mkdir -p /ztun && tar -x -C /ztun", stdin=packed)
-        guest.run(f"/ztun/vagrant/provision/{guest.name}.sh")
+        guest.run(f"/ztun/vagrant/provision/{guest.name}.sh", timeout=BOOT)
 
 
 def _ip(*commands: str) -> None:

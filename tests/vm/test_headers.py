@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vm.guest import Guest
+from vm.test_kernel import assert_ip_agrees
 from vm.traffic import page
 from ztun.lab import plan
 
@@ -49,6 +50,8 @@ def test_without_what_bpf_needs_routes_alone_carry_on_and_say_so(client: Guest, 
         answer = gateway.json("ztun routes --json")
         assert answer["backend"] == "routes"
         assert "linux-libc-dev" in answer["fallback_reason"]
+        assert answer["ip_rules"]
+        assert_ip_agrees(gateway, answer)
         assert page(client, _URL)["client"] == plan.UPSTREAM4
         assert page(client, f"http://{plan.DIRECT4}/")["client"] == plan.CLIENT4
     assert backend(gateway) in ("tcx", "clsact")

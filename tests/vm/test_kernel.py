@@ -9,6 +9,7 @@ import pytest
 from vm.guest import Guest
 from vm.traffic import page, ping
 from ztun.lab import plan
+from ztun.platform.linux.routes import PROTOCOL
 
 _LONGEST_NAME = 15  # linux/bpf.h, BPF_OBJ_NAME_LEN less the NUL
 
@@ -52,13 +53,7 @@ def test_maps_hold_what_bpftool_map_dumps(gateway: Guest, routes: dict[str, Any]
 
 @pytest.mark.smoke
 def test_routes_and_rules_are_those_of_ip(gateway: Guest, routes: dict[str, Any]) -> None:
-    listed = [each for family in "46" for each in gateway.json(f"ip -j -{family} route show table all dev ztun0")]
-    kernels = {(each["dst"], each.get("protocol")) for each in listed if each.get("type", "unicast") == "unicast"}
-    ours = {(each["destination"], each["protocol"]) for each in routes["routes"]}
-    assert ours
-    assert ours <= kernels, listed
-    rules = [each for family in "46" for each in gateway.json(f"ip -j -{family} rule")]
-    assert len([each for each in rules if str(each.get("protocol")) == "ztun"]) == len(routes["ip_rules"])
+    assert_ip_agrees(gateway, routes)
 
 
 def test_the_filter_or_link_on_the_lan_interface_is_the_one_of_tc(gateway: Guest, routes: dict[str, Any]) -> None:
@@ -81,6 +76,18 @@ def test_hits_and_counters_move_with_the_traffic(client: Guest, gateway: Guest, 
     assert after["counters"]["direct"]["packets"] >= routes["counters"]["direct"]["packets"] + 3
     assert after["counters"]["tunnel"]["packets"] > routes["counters"]["tunnel"]["packets"]
     assert _hits(after, "203.0.113.0/24") > _hits(routes, "203.0.113.0/24")
+
+
+def assert_ip_agrees(gateway: Guest, routes: dict[str, Any]) -> None:
+    """Routes through the TUN and ip rules, as ztun and as iproute2 tell them."""
+    listed = [each for family in "46" for each in gateway.json(f"ip -j -{family} route show table all dev ztun0")]
+    kernels = {(each["dst"], each.get("protocol")) for each in listed}
+    ours = {(each["destination"], each["protocol"].replace("ztun", str(PROTOCOL))) for each in routes["routes"]}
+    assert ours
+    assert ours <= kernels, listed
+    rules = [each for family in "46" for each in gateway.json(f"ip -j -{family} rule")]
+    theirs = sorted(each["priority"] for each in rules if str(each.get("protocol")) == str(PROTOCOL))
+    assert theirs == sorted(each["priority"] for each in routes["ip_rules"])
 
 
 def _hits(routes: dict[str, Any], prefix: str) -> int:

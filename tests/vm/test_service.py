@@ -46,7 +46,9 @@ class TestTheUnit:
         assert fields["Seccomp"] == "2"
 
     def test_nothing_in_the_journal_is_worth_a_complaint(self, gateway: Guest) -> None:
-        journal = gateway.read("journalctl --no-pager --unit ztun --output cat")
+        invocation = gateway.read("systemctl show --property InvocationID --value ztun")
+        journal = gateway.read(f"journalctl --no-pager --output cat _SYSTEMD_INVOCATION_ID={invocation}")
+        assert " is up, pid " in journal
         said = [line for line in journal.splitlines() if line.startswith(("warning", "error", "Traceback"))]
         assert said == []
 
