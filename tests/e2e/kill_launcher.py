@@ -4,10 +4,12 @@ A point is a count: of the calls by which a process changes something (system ca
 for writing, renamed and removed, ioctls, sockets bound and connected), seen through audit events (PEP 578). So the
 points lie where there is progress, each run meets the same ones, and the gateway itself knows nothing of it.
 
-Each line of stdin is a request, {"argv", "phase", "at", "output", "compiled"}; each line of stdout an answer: {"pid"}
-at once and {"status", "count", "ids"} at the end. phase: from when on is counted, "start", "run" or "stop"; at: the
-call before which SIGKILL comes, 0 for never; compiled: take the BPF programs that were compiled here once; ids: what
-else the process had of bpf(2).
+Each line of stdin is a request, {"argv", "phase", "at", "signal", "output", "compiled"}; each line of stdout an answer:
+{"pid"} at once and {"status", "count", "ids"} at the end. phase: from when on is counted, "start", "run" or "stop"; at:
+the call before which the signal comes, 0 for never; compiled: take the BPF programs that were compiled here once; ids:
+what else the process had of bpf(2).
+
+On SIGUSR1 a callback of the event loop raises an exception, on SIGUSR2 one that ends the loop.
 """
 
 from __future__ import annotations
@@ -50,11 +52,12 @@ _CALLS = frozenset(
 
 
 class Counter:
-    """Counts the calls from `phase` on, and kills this process before number `at`."""
+    """Counts the calls from `phase` on, and sends this process a signal before number `at`."""
 
-    def __init__(self, phase: str, at: int, path: Path) -> None:
+    def __init__(self, phase: str, at: int, number: int, path: Path) -> None:
         self.phase = phase
         self.at = at
+        self.signal = number
         self.path = path
         self.count = 0
         self.wanted: list[Any] | None = None  # of the compiler
@@ -74,7 +77,7 @@ class Counter:
         if self.count == self.at:
             self.is_on = False
             self.tell()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.signal)
 
     def tell(self) -> None:
         self.is_on = False
@@ -151,7 +154,7 @@ class _CountedLibrary:
 
 def _run(request: dict[str, Any], path: Path) -> None:
     """In the child."""
-    counter = Counter(request["phase"], request["at"], path)
+    counter = Counter(request["phase"], request["at"], request["signal"], path)
     ask, summary = ztun.lifecycle.StopRequest.ask, report.Report.summary
 
     def counted_ask(self: Any) -> None:
@@ -170,6 +173,8 @@ def _run(request: dict[str, Any], path: Path) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.addaudithook(counter.hook)
+    signal.signal(signal.SIGUSR1, lambda *_: asyncio.get_running_loop().call_soon(_fail))
+    signal.signal(signal.SIGUSR2, lambda *_: asyncio.get_running_loop().call_soon(sys.exit, 3))
     code = 70
     try:
         sys.argv = ["ztun", *request["argv"]]
@@ -180,6 +185,10 @@ def _run(request: dict[str, Any], path: Path) -> None:
         counter.tell()
         sys.stdout.flush()
         os._exit(code)
+
+
+def _fail() -> None:
+    raise RuntimeError("nobody expected this")
 
 
 def _count_what_has_no_audit_event(counter: Counter) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -138,13 +139,13 @@ class KillWorld:
 
     @contextlib.contextmanager
     def launched(
-        self, *argv: str, phase: str = "start", at: int = 0, compiled: bool = True
+        self, *argv: str, phase: str = "start", at: int = 0, number: int = signal.SIGKILL, compiled: bool = True
     ) -> Iterator[tuple[int, list[Run]]]:
         """A run of `ztun ARGV`: its pid, and how it ended, which is there after the context. See kill_launcher."""
         assert self._launcher is not None
         assert self._launcher.stdin is not None
         output = str(self.directory / "output")
-        request = {"argv": argv, "phase": phase, "at": at, "output": output, "compiled": compiled}
+        request = {"argv": argv, "phase": phase, "at": at, "signal": number, "output": output, "compiled": compiled}
         self._launcher.stdin.write(json.dumps(request) + "\n")
         self._launcher.stdin.flush()
         ended: list[Run] = []

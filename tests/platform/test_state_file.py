@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -116,6 +118,17 @@ def test_one_of_another_name_sweeps_too_and_leaves_the_living_alone(world: World
     die(living)
     assert sweep() != []
     assert sysctl.read("ipv4/conf/wan0/rp_filter") == "0"
+
+
+def test_somebody_who_looks_does_not_keep_it_from_being_swept(world: World, directory: Path) -> None:
+    killed(rp_filter="2")
+    (path,) = directory.iterdir()
+    with path.open() as looker:
+        fcntl.flock(looker, fcntl.LOCK_SH)
+        threading.Timer(0.03, lambda: fcntl.flock(looker, fcntl.LOCK_UN)).start()
+        sweep()
+    assert sysctl.read(FILTER4) == "0"
+    assert not path.exists()
 
 
 def test_two_of_one_name_are_refused(world: World) -> None:

@@ -209,7 +209,7 @@ def find_all() -> list[Found]:
 def taken_over(path: Path) -> Iterator[Record | None]:
     """The record of a dead instance, which nobody else can take meanwhile; None when it lives, or is gone."""
     try:
-        fd = _lock(path, create=False)
+        fd = _lock_patiently(path, create=False)
     except OSError:
         yield None
         return
@@ -316,13 +316,13 @@ def _lock(path: Path, *, create: bool = True) -> int:
         os.close(fd)  # another file took its place between our open and our lock
 
 
-def _lock_patiently(path: Path) -> int:
+def _lock_patiently(path: Path, *, create: bool = True) -> int:
     """As `_lock`; somebody who only looks is gone in a moment."""
     for _ in range(_PATIENCE):
         with suppress(BlockingIOError):
-            return _lock(path)
+            return _lock(path, create=create)
         time.sleep(0.01)
-    return _lock(path)
+    return _lock(path, create=create)
 
 
 def _is_still_there(fd: int, path: Path) -> bool:
