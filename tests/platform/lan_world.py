@@ -96,8 +96,10 @@ def _objects() -> loader.Objects:
 class Bench:
     """The classifier loaded, and its programs run on packets by BPF_PROG_TEST_RUN (bpf(2)): no traffic needed."""
 
-    def __init__(self, *, hijack_dns: bool = False, fail_closed: bool = False, own: Sequence[str] = ()) -> None:
-        capture = Capture("lo", (), MARK, hijack_dns, fail_closed, [packed(address) for address in own])
+    def __init__(
+        self, *, hijack_dns: bool = False, fail_closed: bool = False, own: Sequence[str] = (), host: bool = False
+    ) -> None:
+        capture = Capture("lo", (), MARK, hijack_dns, fail_closed, [packed(address) for address in own], host=host)
         self.objects = loader.Objects(*({name: os.dup(fd) for name, fd in part.items()} for part in _objects()[:2]))
         self._empty()
         self.classifier = BpfClassifier(self.objects, "tcx", TcxHook, capture)
