@@ -1,4 +1,6 @@
-"""The poller, beside asyncio on one epoll object, and nested in a loop of somebody else's."""
+"""What every Poller promises (ztun.ports.Poller): Linux's on epoll, and macOS's on a stand-in for kqueue; in a loop of
+its own, and nested in one of somebody else's.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,14 @@ from typing import Any
 
 import pytest
 
-from ztun import platform
+from contracts.systems import SYSTEMS, make_loop, make_nesting_loop, poller_of
 from ztun.ports import ENDED, READABLE, WRITABLE, Poller
 
 HELLO = b"hello"
 
 
 def poller() -> Poller:
-    return platform.poller_of(asyncio.get_running_loop())
+    return poller_of(asyncio.get_running_loop())
 
 
 @contextlib.contextmanager
@@ -434,22 +436,24 @@ async def test_a_subprocess() -> None:
     assert (output, process.returncode) == (b"hello\n", 0)
 
 
-def test_each_loop_has_one_poller() -> None:
-    loops = [platform.make_event_loop(), platform.make_event_loop(), asyncio.new_event_loop(), asyncio.new_event_loop()]
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_each_loop_has_one_poller(system: str) -> None:
+    loops = [make_loop(system), make_loop(system), make_nesting_loop(system), make_nesting_loop(system)]
     try:
-        pollers = [platform.poller_of(loop) for loop in loops]
-        assert [platform.poller_of(loop) for loop in loops] == pollers
+        pollers = [poller_of(loop) for loop in loops]
+        assert [poller_of(loop) for loop in loops] == pollers
         assert len(set(map(id, pollers))) == 4
     finally:
         for loop in loops:
             loop.close()
 
 
-def test_a_loop_can_be_stopped_from_a_handler() -> None:
-    loop = platform.make_event_loop()
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_loop_can_be_stopped_from_a_handler(system: str) -> None:
+    loop = make_loop(system)
     near, far = socket.socketpair()
     with near, far:
-        platform.poller_of(loop).watch(near.fileno(), lambda mask: loop.stop())
+        poller_of(loop).watch(near.fileno(), lambda mask: loop.stop())
         threading.Timer(0.02, far.send, [HELLO]).start()
         late = loop.call_later(60, lambda: None)
         loop.run_forever()
