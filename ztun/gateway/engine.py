@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import structlog
 
+from ztun.gateway.shortage import Shortage
 from ztun.ports import PacketDevice, Poller
 from ztun.stack import BufferPool, Stack
 from ztun.stack.timers import NEVER
@@ -21,6 +22,7 @@ _BATCH = 64
 # then after twice as many. Everything else means that the device is gone.
 _PASSING = frozenset({errno.EIO, errno.ENOBUFS, errno.ENOMEM, errno.EINTR})
 _PAUSE, _LONGEST_PAUSE = 0.01, 1.0
+_NO_BUFFER = memoryview(bytearray())
 _TRIM_INTERVAL = 5.0  # seconds between looks at how many buffers were not needed
 
 
@@ -40,6 +42,7 @@ class Engine:
         self.refused = 0  # writes that the kernel did not take
         self.read_errors = 0  # reads that failed, and were tried again
         self.errors = 0
+        self.shortage = Shortage(loop, stack.memory)
         self.device_lost: Callable[[OSError], None] | None = None  # told when nothing can be read any more
         self._device = device
         self._buffer = pool.get()
@@ -64,6 +67,7 @@ class Engine:
         if self._reader is not None:
             self._reader.cancel()
             self._reader = None
+        self.shortage.stop()
         self.send()
         if self._timer is not None:
             self._timer.cancel()
@@ -104,18 +108,25 @@ class Engine:
             self.read += 1
             try:
                 kept = stack.receive(buffer[:length], now)
-            except Exception:
-                self._failed()
+            except Exception as error:
+                self._failed(error)
                 kept = True  # nobody knows who still looks at it
             if kept:
-                buffer = self._buffer = self.pool.get()
+                # None of the others either may be read into, should there be no memory for another one.
+                self._buffer = _NO_BUFFER
+                try:
+                    buffer = self._buffer = self.pool.get()
+                except MemoryError:
+                    self.shortage.came()
+                    self._read_later()
+                    break
         self._flush(now)
 
     def _flush(self, now: float) -> None:
         try:
             self.stack.flush(now)
-        except Exception:
-            self._failed()
+        except Exception as error:
+            self._failed(error)
         self.send()
 
     def _read_later(self) -> None:
@@ -128,6 +139,12 @@ class Engine:
     def _read_on(self) -> None:
         self._reader = None
         read = self.read
+        if not self._buffer:
+            try:
+                self._buffer = self.pool.get()
+            except MemoryError:
+                self._read_later()
+                return
         self.read_again()
         self._readable(0)
         if self.read > read:
@@ -143,8 +160,12 @@ class Engine:
         if self.device_lost is not None:
             self.device_lost(error)
 
-    def _failed(self) -> None:
+    def _failed(self, error: Exception) -> None:
         """A defect of ours must cost one packet, not the gateway."""
+        if isinstance(error, MemoryError):
+            self.shortage.came()
+            self.stack.drop("memory-limit")
+            return
         self.errors += 1
         self.stack.drop("internal-error")
         if self.errors & (self.errors - 1) == 0:  # at 1, 2, 4, 8 …
@@ -162,6 +183,6 @@ class Engine:
         now = time.monotonic()
         try:
             self.stack.handle_timer(now)
-        except Exception:
-            self._failed()
+        except Exception as error:
+            self._failed(error)
         self._flush(now)

@@ -236,7 +236,10 @@ class Gateway:
         self._failures[error.failure.value] += 1
         if error.failure is Failure.EXHAUSTED:
             self._stack.drop("tcp-limit-descriptors")
-            log.warning("no descriptors are left, refusing new flows", remedy="raise the limit of open files")
+            times = self._failures[Failure.EXHAUSTED.value]
+            if times & (times - 1) == 0:  # at 1, 2, 4, 8 …
+                what = "no descriptors are left, refusing new flows"
+                log.warning(what, times=times, remedy="raise the limit of open files")
         conn, route = flow.conn, flow.route
         flow_log.refused(
             "tcp",

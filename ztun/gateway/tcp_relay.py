@@ -87,7 +87,11 @@ class TcpRelay:
             if sent == len(payload):
                 return 0
             payload = payload[sent:]
-        self._keep(payload)
+        try:
+            self._keep(payload)
+        except MemoryError:
+            self._out_of_memory(now)
+            return 0
         return len(payload)
 
     def _keep(self, payload: memoryview) -> None:
@@ -136,7 +140,10 @@ class TcpRelay:
             self._flush(now)
         if (mask & _MAY_READ or not mask) and not self._upstream_done:
             self._readable = True
-            self._pump(now)
+            try:
+                self._pump(now)
+            except MemoryError:
+                self._out_of_memory(now)
         self._engine.send()
 
     def is_idle(self, before: float) -> bool:
@@ -254,6 +261,12 @@ class TcpRelay:
             self._release()
         else:
             self._conn.abort(now)
+
+    def _out_of_memory(self, now: float) -> None:
+        """Bytes that were read are lost: better no stream than one with a gap."""
+        self._engine.stack.drop("memory-limit")
+        self._engine.shortage.came()
+        self._upstream_broken(now)
 
     def _reset_upstream(self) -> None:
         try:

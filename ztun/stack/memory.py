@@ -20,6 +20,11 @@ class Memory:
         self.used = 0
         self._most = limit + limit // 4
 
+    def set_limit(self, limit: int) -> None:
+        """Have another limit from now on. Who holds more than that gets no more, and keeps what it has."""
+        self.limit = limit
+        self._most = limit + limit // 4
+
     def allowance(self, least: int) -> int:
         """How much a connection that holds nothing may take, beyond the limit; `least` in any case."""
         return max(self._most - self.used, least)

@@ -86,7 +86,7 @@ class EpollPoller:
                     handler(event[1])
                 except Exception as error:
                     complain(error)
-        except InterruptedError:
+        except (InterruptedError, MemoryError):  # events that were not taken come again
             pass
         for handler in more:
             try:
