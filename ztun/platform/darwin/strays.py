@@ -24,7 +24,7 @@ def reset_stranded(sockets: BoundSockets, disturb: Callable[[int], None]) -> int
     for it to come back; one that is only being made does not.
     """
     stranded = [sock for sock in list(sockets.made) if _is_stranded(sockets, sock)]
-    return sum(_reset(sock, disturb) for sock in stranded)
+    return sum(_reset(sockets, sock, disturb) for sock in stranded)
 
 
 def _is_stranded(sockets: BoundSockets, sock: BoundSocket) -> bool:
@@ -40,7 +40,7 @@ def _is_stranded(sockets: BoundSockets, sock: BoundSocket) -> bool:
     return False
 
 
-def _reset(sock: BoundSocket, disturb: Callable[[int], None]) -> bool:
+def _reset(sockets: BoundSockets, sock: BoundSocket, disturb: Callable[[int], None]) -> bool:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
         with socket.socket(sock.family, socket.SOCK_STREAM) as nowhere:
@@ -48,5 +48,6 @@ def _reset(sock: BoundSocket, disturb: Callable[[int], None]) -> bool:
             os.dup2(nowhere.fileno(), sock.fileno(), inheritable=False)
     except OSError:
         return False
+    sockets.made.discard(sock)
     disturb(sock.fileno())
     return True
