@@ -15,6 +15,12 @@ ln -sf /opt/ztun/bin/ztun /usr/local/bin/ztun
 install -m 644 /ztun/packaging/ztun.service /etc/systemd/system/ztun.service
 install -d /etc/ztun
 [ -e /etc/ztun/config.json ] || install -m 600 /ztun/vagrant/provision/config.json /etc/ztun/config.json
+if [ "$(systemd-detect-virt)" = qemu ]; then
+    # Without hardware virtualisation all takes some fifteen times as long, and more on a busy host.
+    mkdir -p /etc/systemd/system/ztun.service.d
+    printf '[Service]\nTimeoutStartSec=900\nTimeoutStopSec=300\nWatchdogSec=300\n' \
+        > /etc/systemd/system/ztun.service.d/emulated.conf
+fi
 systemctl daemon-reload
 systemctl enable -q ztun
 systemctl restart ztun
