@@ -12,7 +12,8 @@ from ztun.ports import Link
 # Nothing is sent there. Two of IPv4, since VPNs cover its default route with 0.0.0.0/1 and 128.0.0.0/1.
 _PROBES = {4: ("9.9.9.9", "149.112.112.112"), 6: ("2620:fe::9",)}
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
-_RTM_F_FIB_MATCH = 0x2000  # linux/rtnetlink.h: answer with the route itself, all its next hops included
+# linux/rtnetlink.h: answer with the route itself, all its next hops included, and with the table that it is in.
+_RTM_F_FIB_MATCH, _RTM_F_LOOKUP_TABLE = 0x2000, 0x1000
 _UNICAST = 1
 _LOOPBACK = 1  # the index it has in every network namespace
 
@@ -68,7 +69,7 @@ def _find_indexes(ip: Any, version: int, probes: Sequence[str], candidates: Iter
 def _match(ip: Any, version: int, probe: str, **conditions: int) -> _Match | None:
     family = _FAMILIES[version]
     try:
-        [route] = ip.route("get", family=family, dst=probe, flags=_RTM_F_FIB_MATCH, **conditions)
+        [route] = ip.route("get", family=family, dst=probe, flags=_RTM_F_FIB_MATCH | _RTM_F_LOOKUP_TABLE, **conditions)
     except netlink.NetlinkDumpInterrupted:
         raise
     except (netlink.NetlinkError, ValueError):
