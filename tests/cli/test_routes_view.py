@@ -14,6 +14,8 @@ from ztun.control.bodies import cut_maps, encode
 
 IFNAME = "enp0s31f6vlan40"  # 15 letters, the longest
 PREFIX6 = "2001:db8:1111:2222:3333:4444:5555:6666/128"
+LOCAL6 = "2001:2:0:ffff:ffff:ffff:ffff:ffff/128"
+TABLE = 4_294_967_295
 LARGE = 18_446_744_073_709_551_615
 
 
@@ -51,7 +53,8 @@ NASTY: dict[str, Any] = {
     ],
     "routes": [{"destination": PREFIX6, "device": IFNAME, "protocol": "ztun", "table": 2_054_481_031, "type": "throw"}],
     "ip_rules": [
-        {"family": "ipv6", "priority": 31339, "iif": IFNAME, "table": 2_054_481_031, "ip_protocol": 17, "port": 53}
+        {"family": "ipv6", "priority": 31339, "iif": IFNAME, "table": TABLE, "ip_protocol": 17, "port": 53},
+        {"family": "ipv6", "priority": 31331, "iif": "lo", "table": TABLE, "from": LOCAL6, "ip_protocol": 58},
     ],
     "sysctls": [{"key": f"ipv6.conf.{IFNAME}.force_forwarding", "before": "0", "now": None}],
     "leftovers": [f"tc filter ztun:{IFNAME}:capture_l3:qdisc on {IFNAME}, which nobody has removed for a while"],
@@ -96,7 +99,8 @@ def test_prefixes_and_numbers_are_never_cut() -> None:
     [row] = [line for line in lines if PREFIX6 in line and "tunnel" in line]
     assert "dns hijack" in row
     assert any(line.startswith(f"  {PREFIX6} device {IFNAME}") for line in lines)
-    assert any(f"31339 family ipv6 iif {IFNAME} table 2054481031 ip protocol 17 port 53" in line for line in lines)
+    assert f"  31339: ipv6 iif {IFNAME} proto udp port 53 lookup {TABLE}" in lines
+    assert f"31331: ipv6 from {LOCAL6} iif lo proto icmpv6 lookup {TABLE}" in " ".join(" ".join(lines).split())
 
 
 def test_long_conditions_are_cut_on_their_line() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from doctor.conftest import FAR4, LAN4, WAN4, Patient
-from ztun.platform.linux import facts, journal, layout, loader, xdp
+from ztun.platform.linux import facts, layout, loader, xdp
 from ztun.platform.linux.hooks import TcxHook
 from ztun.platform.linux.policy import table_of
 
@@ -35,13 +35,10 @@ class Fault:
 
 @contextmanager
 def living_instance(_patient: Patient) -> Iterator[None]:
-    """The state file of an instance, locked as by one that lives."""
-    held = journal.Journal("ztun0")
-    held.open()
-    try:
+    """What an instance claims as long as it lives (ztun.control.claims), here the interface alone."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as claim:
+        claim.bind("\0ztun/1/lan/lan0")
         yield
-    finally:
-        held.close()
 
 
 @contextmanager
@@ -114,7 +111,7 @@ ROUTES = {"capture": {"backend": "routes"}}
 
 FAULTS = [
     Fault("ipv6", "warning", ("disable_ipv6 is 1", "sysctl"), commands=("sysctl -w net.ipv6.conf.all.disable_ipv6=1",)),
-    Fault("instance", "problem", ("another ztun has tun.name ztun0", "ztun down"), provoke=living_instance),
+    Fault("instance", "problem", ("lan0 is in use by another ztun", "leave it out"), provoke=living_instance),
     Fault("leftovers", "warning", ("ip rule", "ztun down"), commands=(TAGGED,)),
     Fault("tun-name", "problem", ("ztun0", "choose another"), commands=("ip tuntap add dev ztun0 mode tun",)),
     Fault(

@@ -22,6 +22,7 @@ _BACKENDS = {
     "routes": "no BPF: routes alone decide",
 }
 _ROLES = {"tun": "TUN", "lan": "LAN"}
+_PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
 _KEYS = ("prefix", "address", "counter", "rule", "key")  # what names an entry of a map
 _NUMBERS = ("rule", "hits", "hits/s", "packets", "packets/s", "size", "size/s", "value")
 # These two are shown as "Counters" and "Rules", unless they are asked for by name.
@@ -35,9 +36,10 @@ def print_routes(console: Console, answer: Mapping[str, Any], *, every: bool = F
         for table in answer["maps"]:
             _print_map(console, table)
         return
-    _print_interfaces(console, answer.get("interfaces") or ())
+    without_xdp = {entry["ifname"]: entry["reason"] for entry in answer.get("xdp") or () if entry["reason"]}
+    _print_interfaces(console, answer.get("interfaces") or (), without_xdp)
     _print_lines(console, "Routes", answer.get("routes"))
-    _print_lines(console, "IP rules", answer.get("ip_rules"))
+    _print_lines(console, "IP rules", [_say_rule(rule) for rule in answer.get("ip_rules") or ()])
     _print_sysctls(console, answer.get("sysctls") or ())
     _print_list(console, "Left-overs", answer.get("leftovers") or (), "none")
     _print_rules(console, answer)
@@ -64,6 +66,10 @@ def _print_state(console: Console, answer: Mapping[str, Any]) -> None:
         age = "never beat" if beat["age_ms"] is None else f"{_say_age(beat['age_ms'])} ago"
         verdict = "stale: traffic passes, or ends with fail: closed" if beat["stale"] else "alive"
         print_line(console, f"heartbeat {age}, {verdict}", style="yellow" if beat["stale"] else "")
+    firewall = answer.get("firewall")
+    if firewall:
+        said = f"a firewall drops what is tunnelled ({', '.join(firewall['drops'])}): {firewall['remedy']}"
+        print_paragraph(console, said, style="yellow")
     if answer.get("waiting"):
         print_paragraph(console, f"waiting for {', '.join(answer['waiting'])}", style="yellow")
 
@@ -72,7 +78,9 @@ def _say_age(milliseconds: int) -> str:
     return f"{milliseconds} ms" if milliseconds < 10_000 else f"{milliseconds // 1000} s"
 
 
-def _print_interfaces(console: Console, interfaces: Sequence[Mapping[str, Any]]) -> None:
+def _print_interfaces(
+    console: Console, interfaces: Sequence[Mapping[str, Any]], without_xdp: Mapping[str, str]
+) -> None:
     heading(console, "Interfaces", "" if interfaces else "none")
     for entry in interfaces:
         words = [_ROLES.get(entry["role"], "")]
@@ -86,6 +94,8 @@ def _print_interfaces(console: Console, interfaces: Sequence[Mapping[str, Any]])
         for one in entry["attached"]:
             style = "" if one["owner"] == "ztun" else "dim"
             print_line(console, f"{INDENT * 2}{_say_program(one)}", style=style)
+        if entry["ifname"] in without_xdp:
+            print_paragraph(console, f"no XDP: {without_xdp[entry['ifname']]}", indent=INDENT * 2, style="yellow")
 
 
 def _say_program(one: Mapping[str, Any]) -> str:
@@ -98,19 +108,33 @@ def _print_lines(console: Console, title: str, entries: Any) -> None:
     entries = list(entries or ())
     heading(console, title, "" if entries else "none")
     for entry in entries:
-        print_line(console, INDENT + _say_line(entry))
+        print_paragraph(console, _say_line(entry), indent=INDENT)
 
 
 def _say_line(entry: Any) -> str:
-    """A route or rule as iproute2 would write it: the destination first, then `key value` pairs."""
+    """A route as iproute2 would write it: the destination first, then `key value` pairs."""
     if not isinstance(entry, Mapping):
         return say(entry)
-    first = next((key for key in ("destination", "dst", "prefix", "priority") if key in entry), None)
+    first = next((key for key in ("destination", "dst", "prefix") if key in entry), None)
     words = [say(entry[first])] if first else []
     words += [
         f"{key.replace('_', ' ')} {say(value)}" for key, value in entry.items() if key != first and value is not None
     ]
     return " ".join(words)
+
+
+def _say_rule(rule: Mapping[str, Any]) -> str:
+    """As `ip rule` would write it, with the family in front."""
+    number = rule.get("ip_protocol")
+    words = {
+        "from": rule.get("from"),
+        "iif": rule.get("iif"),
+        "proto": _PROTOCOLS.get(number, number) if number is not None else None,
+        "port": rule.get("port"),
+        "lookup": rule.get("table"),
+    }
+    said = " ".join(f"{key} {value}" for key, value in words.items() if value is not None)
+    return f"{rule.get('priority')}: {rule.get('family')} {said}"
 
 
 def _print_sysctls(console: Console, sysctls: Sequence[Mapping[str, Any]]) -> None:

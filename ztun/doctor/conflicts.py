@@ -7,6 +7,7 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Any
 
 from ztun import machine, platform
+from ztun.control import claims
 from ztun.doctor.finding import Finding, Level, judge, ok, problem, warning
 from ztun.doctor.scene import Scene
 from ztun.platform import facts
@@ -18,13 +19,12 @@ _HALVES = 3  # bits
 
 
 def check_instance(scene: Scene) -> Finding:
-    name = scene.settings.tun.name
-    others = [each for each in facts.instances() if each.pid != scene.pid]
-    same = next((each for each in others if each.device == name), None)
-    if same is not None and scene.running is None:
-        detail = f"another ztun has tun.name {name} (pid {same.pid})"
-        return problem("instance", detail, "stop it (ztun down --socket ITS-SOCKET), or choose another tun.name")
-    beside = ", ".join(f"{each.device} (pid {each.pid})" for each in others if each.device != name)
+    found = claims.conflicts(claims.claims_of(scene.settings), scene.pid)
+    if found:
+        whole = [line.partition("; ") for line in found]
+        remedies = dict.fromkeys(remedy for _, _, remedy in whole)
+        return problem("instance", "; ".join(what for what, *_ in whole), "; ".join(["ztun down for it", *remedies]))
+    beside = ", ".join(f"{each.device} (pid {each.pid})" for each in facts.instances() if each.pid != scene.pid)
     also = f"; beside it {beside}" if beside else ""
     if scene.running is not None:
         return ok("instance", f"running as pid {scene.pid or '?'}, and looked at beside it{also}")

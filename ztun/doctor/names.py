@@ -27,6 +27,8 @@ def check_resolver(scene: Scene) -> Finding:
         return warning("resolver", "/etc/resolv.conf names no server: this host resolves nothing", remedy)
     behind = facts.resolved_servers(servers)
     said = ", ".join(servers) + (f" (systemd-resolved, which asks {', '.join(behind)})" if behind else "")
+    if scene.settings.capture.host:
+        said += ", and ztun answers" if scene.settings.dns.hijack else ", and ztun does not see it (dns.hijack is off)"
     return ok("resolver", f"this host asks {said}")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ztun import machine, platform
 from ztun.config import Settings
+from ztun.control.claims import sockets_in_use
 from ztun.control.client import ControlClient, NotRunning
 from ztun.errors import ZtunError
 from ztun.machine import InterfaceAddress
@@ -81,8 +82,11 @@ class Scene:
 
     @property
     def pid(self) -> int | None:
-        """Of that instance."""
-        return None if not self.running else self.running.get("pid")
+        """Of that instance, also where it does not let us ask."""
+        if self.running is None:
+            return None
+        path = str(self.settings.control.socket)
+        return self.running.get("pid") or dict(sockets_in_use()).get(path)
 
     def present(self) -> list[str]:
         """The LAN interfaces that exist."""

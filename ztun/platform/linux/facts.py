@@ -43,7 +43,7 @@ _DHCP_OPTIONS = (
     ),
     re.compile(r"^\s*option\s+(?:domain-name-servers|dhcp6\.name-servers)\s+([^;]*);", re.MULTILINE),
 )
-RULE_PRIORITY = 31339  # of the first of our ip rules, see policy
+RULE_PRIORITY = 31330  # of the first of our ip rules, see policy
 STATE_DIRECTORY = journal.DIRECTORY
 _libc = ctypes.CDLL(None, use_errno=True)
 
