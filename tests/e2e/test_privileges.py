@@ -116,7 +116,7 @@ def test_root_keeps_two_capabilities_and_goes_on_with_them(lab: Lab, backend: st
     assert "not detached" not in instance.output
 
 
-@BACKENDS
+@pytest.mark.parametrize("backend", ["tcx", "routes"])
 def test_a_user_with_four_capabilities_is_enough(lab: Lab, backend: str) -> None:
     instance = as_user(lab, FULL, {"capture": {"backend": backend}})
     instance.wait_ready()
