@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
 import shutil
@@ -24,6 +25,7 @@ from ztun.platform.linux.tables import PrefixTable
 
 Spoil = Callable[[str], None]
 
+BEYOND = "if (*(int *)(long)skb->data == 1) return 1;"
 CAPTURE = Capture("lo", (), 1, False, False, ())
 
 
@@ -213,6 +215,35 @@ def test_auto_takes_routes_without_bcc_and_says_why(world: World, spoil_bcc: Spo
     with world.running("auto") as (_, classifier):
         assert classifier.backend == "routes"
         assert "install python3-bpfcc" in str(classifier.fallback_reason)
+
+
+def test_auto_takes_routes_when_the_verifier_refuses(
+    world: World, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that reads beyond the packet, as one might be for an older verifier."""
+    text = (sources / "classify.c").read_text()
+    spoilt = text.replace("int reply(struct __sk_buff *skb)\n{", "int reply(struct __sk_buff *skb)\n{\n\t" + BEYOND)
+    assert spoilt != text
+    (sources / "classify.c").write_text(spoilt)
+    monkeypatch.setattr(backends.layout, "find_sources", lambda: sources)
+    with world.running("auto") as (_, classifier):
+        assert classifier.backend == "routes"
+        assert "BPF programs not loaded: " in str(classifier.fallback_reason)
+        assert "outside of the packet" in str(classifier.fallback_reason)
+
+
+def test_auto_takes_routes_where_nothing_can_be_attached(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(backends, "TcxHook", refuse)
+    monkeypatch.setattr(backends, "ClsactHook", refuse)
+    with world.running("auto") as (_, classifier):
+        assert classifier.backend == "routes"
+        assert classifier.fallback_reason == (
+            "this kernel takes no BPF program on tcx: Operation not permitted; "
+            "this kernel takes no BPF program on clsact: Operation not permitted"
+        )
 
 
 def test_auto_takes_routes_when_the_compiler_crashes(world: World, spoil_bcc: Spoil) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ztun.platform.linux.addresses import interface_addresses
-from ztun.platform.linux.backends import choose
+from ztun.platform.linux.backends import Chosen, choose
 from ztun.platform.linux.capture import Capture
-from ztun.platform.linux.classifier import BpfClassifier
 from ztun.platform.linux.loops import OwnFlows
 from ztun.platform.linux.netmon import LinuxNetworkMonitor
-from ztun.platform.linux.policy import RoutesClassifier
 from ztun.platform.linux.poller import make_event_loop, poller_of
 from ztun.platform.linux.routes import TunRoutes
 from ztun.platform.linux.sockets import MarkedSockets
@@ -55,7 +53,7 @@ async def make_classifier(
     xdp: bool | str = True,
     host: bool = False,
     tun_addresses: Iterable[bytes] = (),
-) -> BpfClassifier | RoutesClassifier:
+) -> Chosen:
     """Load the classifier for the open device `device`; it captures nothing before `attach`.
 
     backend: "auto", "bpf", "tcx", "clsact" or "routes"; fail: "open" or "closed"; own_addresses: packed;

@@ -1,4 +1,4 @@
-"""Choosing how to capture: TCX, clsact filters, or routes alone."""
+"""Choosing how to capture: TCX, clsact filters, or routes alone. See docs/backends.md."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from ztun.platform.linux.bpfcall import has_tcx
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.classifier import MAPS, PROGRAMS, BpfClassifier
 from ztun.platform.linux.hooks import ClsactHook, TcxHook
+from ztun.platform.linux.host import MakeHook
+from ztun.platform.linux.loader import Objects
+from ztun.platform.linux.mixed import MixedClassifier
 from ztun.platform.linux.netlink import NetlinkError, explain
 from ztun.platform.linux.policy import RoutesClassifier
 
@@ -19,8 +22,10 @@ log = structlog.get_logger("ztun.classifier")
 
 BACKENDS = ("auto", "bpf", "tcx", "clsact", "routes")
 
+Chosen = BpfClassifier | MixedClassifier | RoutesClassifier
 
-async def choose(backend: str, capture: Capture) -> BpfClassifier | RoutesClassifier:
+
+async def choose(backend: str, capture: Capture) -> Chosen:
     """Make the classifier that `capture.backend` asks for; "auto" takes the best that works here and says why.
 
     Raises ZtunError when what was asked for cannot be had.
@@ -42,7 +47,7 @@ async def choose(backend: str, capture: Capture) -> BpfClassifier | RoutesClassi
         return by_routes
     if classifier.fallback_reason:
         log.info("capturing with clsact filters", reason=classifier.fallback_reason)
-    return classifier
+    return MixedClassifier(classifier, capture) if backend == "auto" else classifier
 
 
 async def _load(backend: str, capture: Capture) -> BpfClassifier:
@@ -51,35 +56,51 @@ async def _load(backend: str, capture: Capture) -> BpfClassifier:
     if objects.refused:
         log.warning("no XDP, tc drops alone", reason=", ".join(objects.refused.values()))
     try:
-        reason = _why_not_tcx(backend, objects, capture)
-        if reason is None:
-            return BpfClassifier(objects, "tcx", TcxHook, capture)
-        make_hook = partial(ClsactHook, device=capture.device)
-        _try_clsact(make_hook, objects, capture)
-        classifier = BpfClassifier(objects, "clsact", make_hook, capture)
+        hook, reason = _choose_hook(backend, objects, capture)
+        make_hook: MakeHook = partial(ClsactHook, device=capture.device) if hook == "clsact" else TcxHook
+        classifier = BpfClassifier(objects, hook, make_hook, capture, lenient=backend == "auto")
+    except OSError as error:
+        objects.close()
+        raise ZtunError(f"BPF maps cannot be used: {error.strerror}") from error
     except BaseException:
         objects.close()
         raise
-    classifier.fallback_reason = None if backend == "clsact" else reason
+    classifier.fallback_reason = reason
     return classifier
 
 
-def _why_not_tcx(backend: str, objects: loader.Objects, capture: Capture) -> str | None:
-    """None when TCX it is. Raises ZtunError when it was asked for by name and the kernel has none."""
+def _choose_hook(backend: str, objects: Objects, capture: Capture) -> tuple[str, str | None]:
+    """("tcx" or "clsact", why not the first choice). Raises ZtunError when there is none of what was asked for."""
+    reason = _why_not_tcx(backend, objects, capture)
+    if reason is None:
+        return "tcx", None
+    if backend == "tcx":
+        raise ZtunError(f"{reason}: set capture.backend to auto")
+    if refusal := _try("clsact", objects, capture):
+        reasons = [refusal] if backend == "clsact" else [reason, refusal]
+        raise ZtunError("; ".join(reasons))
+    return "clsact", None if backend == "clsact" else reason
+
+
+def _why_not_tcx(backend: str, objects: Objects, capture: Capture) -> str | None:
+    """None when TCX it is."""
     if backend == "clsact":
         return "asked for"
     if not has_tcx(objects.programs["reply"]):
-        if backend == "tcx":
-            raise ZtunError("this kernel has no TCX (Linux 6.6): set capture.backend to auto")
         return "this kernel has no TCX (Linux 6.6)"
     if capture.fail_closed and backend != "tcx":
         return "fail is closed, and a TCX link would not outlive a killed process"
-    return None
+    return _try("tcx", objects, capture)
 
 
-def _try_clsact(make_hook: partial[ClsactHook], objects: loader.Objects, capture: Capture) -> None:
-    """Attach to our own TUN and detach: the one way to know whether the kernel can."""
+def _try(hook: str, objects: Objects, capture: Capture) -> str | None:
+    """Attach to our own TUN and detach: the one way to know whether the kernel lets us. None when it does."""
+    program, device = objects.programs["reply"], capture.device
     try:
-        make_hook("reply", objects.programs["reply"], capture.device).close()
+        made = TcxHook("reply", program, device) if hook == "tcx" else ClsactHook("reply", program, device, device)
+        made.close()
     except NetlinkError as error:
-        raise ZtunError(f"this kernel takes no BPF filter on clsact: {explain(error)}") from error
+        return f"this kernel takes no BPF filter on {hook}: {explain(error)}"
+    except OSError as error:
+        return f"this kernel takes no BPF program on {hook}: {error.strerror}"
+    return None

@@ -53,16 +53,20 @@ class _Attached(NamedTuple):
 class BpfClassifier:
     """A ztun.ports.Classifier in the kernel. Owns `objects`.
 
-    fallback_reason: why the backend is not the first choice, None if it is.
+    fallback_reason: why the backend is not the first choice, None if it is; lenient: a LAN interface that refuses the
+    program is only told of by `captured`, the first time as well.
     """
 
-    def __init__(self, objects: Objects, backend: str, make_hook: MakeHook, capture: Capture) -> None:
+    def __init__(
+        self, objects: Objects, backend: str, make_hook: MakeHook, capture: Capture, lenient: bool = False
+    ) -> None:
         self.backend = backend
         self.fallback_reason: str | None = None
         self._shared = layout.read_shared(layout.find_sources())
         self._objects = objects
         self._make_hook = make_hook
         self._capture = capture
+        self._lenient = lenient
         self._hooks: dict[str, _Attached] = {}  # by the name of the interface, the TUN's first
         self._captured = dict.fromkeys(capture.lan, "absent")
         self._is_attached = False
@@ -164,7 +168,7 @@ class BpfClassifier:
         try:
             is_there = self._follow(ifname, lambda index: "capture" if links.has_link_header(index) else "capture_l3")
         except ZtunError as error:
-            if not self._is_attached:
+            if not (self._is_attached or self._lenient):
                 raise
             return str(error)
         return "captured" if is_there else "absent"
