@@ -121,6 +121,14 @@ def test_a_proxy_on_the_command_line_takes_everything() -> None:
     assert settings.capture.lan == ("eth1", "eth2")
 
 
+def test_the_host_on_the_command_line_needs_no_lan() -> None:
+    settings = load(None, {}, proxy="socks5://127.0.0.1:1080", host=True)
+    assert (settings.capture.host, settings.capture.lan) == (True, ())
+    assert load(None, {"ZTUN_CAPTURE__HOST": "false"}, host=True).capture.host is True
+    assert load(None, {"ZTUN_CAPTURE__HOST": "true"}).capture.host is True
+    assert load(None, {}).capture.host is False
+
+
 @pytest.mark.parametrize(
     ("url", "kind", "server"),
     [

@@ -21,7 +21,7 @@ DESCRIPTIONS = {
     "tun.address6": "Its IPv6 address with the prefix length: the first host of dns.fake_ip.range6; null for no IPv6.",
     "capture": "Whose packets are looked at.",
     "capture.lan": "Interfaces behind which the clients are.",
-    "capture.host": "Whether this host's own packets are looked at as well.",
+    "capture.host": "Whether what this host's own programs begin is captured as well; no lan is needed for it.",
     "capture.backend": "How packets are captured; auto takes the best that this kernel has.",
     "capture.fail": "What happens to traffic of the proxies while ztun does not answer: open lets it pass.",
     "capture.xdp": "Whether XDP drops blocked prefixes, in the form that costs least, or in one form only.",
