@@ -8,7 +8,9 @@ import re
 import shlex
 import subprocess
 from functools import partial
+from inspect import isfunction
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -197,6 +199,18 @@ def test_wrong_settings_are_said_as_by_up(tmp_path: Path) -> None:
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "captur" in done.stderr
+
+
+def test_every_system_tells_the_same_facts() -> None:
+    from ztun.platform.darwin import facts as darwin
+
+    def functions(module: ModuleType) -> set[str]:
+        own = {
+            name for name, value in vars(module).items() if isfunction(value) and value.__module__ == module.__name__
+        }
+        return {name for name in own if not name.startswith("_")}
+
+    assert functions(darwin) == functions(facts)
 
 
 # The document.

@@ -261,6 +261,29 @@ def _rest(fd: int) -> bytes:
     return data
 
 
+def test_watching_goes_on_when_the_instance_dies_and_comes_back(lab: Lab) -> None:
+    instance = start(lab, {**CONFIG, "capture": {"lan": ["lan0"], "backend": "clsact"}})
+    process = watching(lab, instance, "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+
+    def next_state(*wanted: str) -> dict[str, Any]:
+        for line in process.stdout or ():
+            answer: dict[str, Any] = json.loads(line)
+            if answer["state"] in wanted:
+                return answer
+        raise AssertionError("it ended")
+
+    assert next_state("running")["pid"] == instance.pid
+    instance.kill()
+    assert next_state("not running")["leftovers"]
+    instance.launch("up", "--config", str(instance.config_path))
+    assert next_state("running")["pid"] == instance.pid
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 0
+    assert process.stderr.read() == ""
+
+
 # Without an instance that answers.
 
 

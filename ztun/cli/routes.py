@@ -52,7 +52,7 @@ def run_routes(
         def show(console: Console, answer: Mapping[str, Any]) -> None:
             print_routes(console, answer, every=every, name=name)
 
-        return watch(lambda: _ask(client, config, wanted)[0], interval, show=None if json else show)
+        return watch(lambda: _ask_patiently(client, config, wanted), interval, show=None if json else show)
     answer, problem = _ask(client, config, wanted)
     _require_map(answer, name)
     if json:
@@ -76,6 +76,17 @@ def _ask(client: ControlClient, config: Path | None, wanted: Wanted) -> tuple[di
         return _look("not running", config, wanted), problem
     except NotAllowed as problem:
         return _look("unknown", config, wanted), problem
+
+
+def _ask_patiently(client: ControlClient, config: Path | None, wanted: Wanted) -> dict[str, Any]:
+    """What can be seen, also while an instance starts or stops."""
+    try:
+        return _ask(client, config, wanted)[0]
+    except ConfigError:
+        raise
+    except ZtunError as problem:
+        seen = _look("unknown", config, wanted)
+        return {**seen, "unseen": [*seen["unseen"], f"the instance: {problem}"]}
 
 
 def _look(state: str, config: Path | None, wanted: Wanted) -> dict[str, Any]:
