@@ -35,6 +35,10 @@ NASTY: dict[str, Any] = {
     "backend": "clsact",
     "fallback_reason": "the verifier said " + "something long " * 20,
     "heartbeat": {"age_ms": 123_456_789, "limit_ms": 1000, "stale": True},
+    "firewall": {
+        "drops": ["ip filter FORWARD"],
+        "remedy": f'nft insert rule ip filter FORWARD iifname "{IFNAME}" accept',
+    },
     "waiting": [f"{IFNAME[:-2]}{number:02}" for number in range(12)],
     "interfaces": [
         {

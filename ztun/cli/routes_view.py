@@ -70,6 +70,11 @@ def _print_state(console: Console, answer: Mapping[str, Any]) -> None:
     if firewall:
         said = f"a firewall drops what is tunnelled ({', '.join(firewall['drops'])}): {firewall['remedy']}"
         print_paragraph(console, said, style="yellow")
+    if answer.get("firewall"):
+        drops = ", ".join(answer["firewall"]["drops"])
+        print_paragraph(
+            console, f"a firewall drops what is forwarded: {drops}; {answer['firewall']['remedy']}", style="yellow"
+        )
     if answer.get("waiting"):
         print_paragraph(console, f"waiting for {', '.join(answer['waiting'])}", style="yellow")
 
