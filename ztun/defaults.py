@@ -1,4 +1,4 @@
-"""Defaults of the configuration that are another on each operating system, in one place."""
+"""What differs between operating systems outside ztun/platform: defaults of the configuration, and a number."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import NamedTuple
 
 
 class Defaults(NamedTuple):
-    """device: tun.name; control: control.socket; names: dns.fake_ip.store."""
+    """device: tun.name; control: control.socket; names: dns.fake_ip.store; pktinfo: IP_PKTINFO of <netinet/in.h>."""
 
     device: str
     control: Path
     names: Path
+    pktinfo: int
 
 
-LINUX = Defaults("ztun0", Path("/run/ztun/control.sock"), Path("/var/lib/ztun/fake-ip.db"))
+LINUX = Defaults("ztun0", Path("/run/ztun/control.sock"), Path("/var/lib/ztun/fake-ip.db"), 8)
 # "utun": the first one that is free. macOS has neither /run nor /var/lib (hier(7)).
-DARWIN = Defaults("utun", Path("/var/run/ztun/control.sock"), Path("/var/db/ztun/fake-ip.db"))
+DARWIN = Defaults("utun", Path("/var/run/ztun/control.sock"), Path("/var/db/ztun/fake-ip.db"), 26)
 
 DEFAULTS = DARWIN if sys.platform == "darwin" else LINUX
 

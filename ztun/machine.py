@@ -17,6 +17,8 @@ from ztun.errors import ConfigError, ZtunError
 
 CAP_NET_ADMIN = 12  # linux/capability.h
 DNS_PORT = 53
+# What is asked for where the hard limit cannot be had: as many as limits.tcp_flows, and OPEN_MAX of macOS.
+_OPEN_FILES = (65536, 10240)
 FALLBACK_SERVER = "udp://9.9.9.9:53"
 # That of the host, and what systemd-resolved(8) and NetworkManager(8) know where that one names their stub.
 RESOLV_CONFS = tuple(
@@ -57,7 +59,12 @@ def require_privilege() -> None:
 def allow_many_sockets() -> None:
     """Raise the soft limit of open files to the hard one: every flow is a socket, and 1024 is soon reached."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    for limit in (hard, *_OPEN_FILES):
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        except (ValueError, OSError):  # macOS calls its hard limit infinite, and takes less (setrlimit(2))
+            continue
+        return
 
 
 def _may_change_network() -> bool:

@@ -265,16 +265,16 @@ def _said(name: str, result: tuple[int, str]) -> Done:
 
 
 def _route(arguments: list[str]) -> Done:
-    """route(8): `-q -n add|delete -inet|-inet6 -net N/L -interface utun7`."""
-    _quiet, _numeric, verb, family, _net, network, _interface, name = arguments
+    """route(8): `-n add|delete -inet|-inet6 -net N/L -interface utun7`."""
+    _numeric, verb, family, _net, network, _interface, name = arguments
     command = [{"-inet": "-4", "-inet6": "-6"}[family], "route", {"add": "add", "delete": "del"}[verb]]
     code, output = _do(*command, network, "dev", name)
     if not code:
-        return Done(0, "")
+        return Done(0, f"{verb} net {network}: gateway {name}")
     if "File exists" in output or (verb == "add" and _is_there(network)):
-        return Done(0, f"route: writing to routing socket: File exists\nadd net {network}: gateway {name}: File exists")
+        return Done(0, f"writing to routing socket: File exists\nadd net {network}: gateway {name}: File exists")
     if verb == "delete":
-        return Done(0, "route: writing to routing socket: not in table")
+        return Done(0, "writing to routing socket: No such process\ndelete net: not in table")
     return Done(71, f"route: bad address: {name}")
 
 

@@ -95,12 +95,12 @@ def test_only_differences_are_written() -> None:
     routes.replace([B, C, B])
     routes.replace([])
     assert calls.ran == [
-        "route -q -n add -inet -net 192.0.1.0/24 -interface utun7",
-        "route -q -n add -inet -net 192.0.2.0/24 -interface utun7",
-        "route -q -n add -inet -net 192.0.3.0/24 -interface utun7",
-        "route -q -n delete -inet -net 192.0.1.0/24 -interface utun7",
-        "route -q -n delete -inet -net 192.0.2.0/24 -interface utun7",
-        "route -q -n delete -inet -net 192.0.3.0/24 -interface utun7",
+        "route -n add -inet -net 192.0.1.0/24 -interface utun7",
+        "route -n add -inet -net 192.0.2.0/24 -interface utun7",
+        "route -n add -inet -net 192.0.3.0/24 -interface utun7",
+        "route -n delete -inet -net 192.0.1.0/24 -interface utun7",
+        "route -n delete -inet -net 192.0.2.0/24 -interface utun7",
+        "route -n delete -inet -net 192.0.3.0/24 -interface utun7",
     ]
 
 
@@ -108,7 +108,7 @@ def test_only_differences_are_written() -> None:
     "said",
     [
         Done(77, "route: must be root to alter routing table"),
-        Done(0, "route: writing to routing socket: Network is unreachable"),  # which route(8) may call a success
+        Done(0, "writing to routing socket: Network is unreachable"),  # which route(8) may call a success
         Done(68, "route: bad address: utun7"),
     ],
 )
@@ -118,7 +118,7 @@ def test_what_was_added_before_a_refusal_is_taken_back(said: Done) -> None:
     with pytest.raises(ZtunError) as refused:
         routes.replace([A, B, C])
     assert str(refused.value) == f"cannot route 192.0.2.0/24 into utun7: {said.output}"
-    assert calls.ran[2:] == ["route -q -n delete -inet -net 192.0.1.0/24 -interface utun7"]
+    assert calls.ran[2:] == ["route -n delete -inet -net 192.0.1.0/24 -interface utun7"]
     assert routes.installed == []
 
 

@@ -14,6 +14,7 @@ from ztun.ports import Poller, SocketFactory
 ATTEMPT_DELAY = 0.25  # seconds between two attempts: the recommended Connection Attempt Delay (RFC 8305, section 5)
 
 _MAX_KEEPALIVE = 32767  # seconds: MAX_TCP_KEEPIDLE and MAX_TCP_KEEPINTVL, net/tcp.h
+_KEEP_INTERVALS = ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL")  # the second is macOS's name of the first
 _ESTABLISHED = (0, errno.EISCONN)
 
 
@@ -46,8 +47,8 @@ def keep_alive(sock: socket.socket, interval: int) -> None:
     """Probe a silent peer after `interval` seconds, and give it up after three more unanswered probes."""
     interval = min(max(interval, 1), _MAX_KEEPALIVE)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", interval), ("TCP_KEEPINTVL", interval), ("TCP_KEEPCNT", 3)):
-        option = getattr(socket, name, None)  # macOS has not all of them
+    for name, value in (*((name, interval) for name in _KEEP_INTERVALS), ("TCP_KEEPCNT", 3)):
+        option = getattr(socket, name, None)  # each system has its own
         if option is not None:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
 

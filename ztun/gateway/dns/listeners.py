@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
+from ztun.defaults import DEFAULTS
 from ztun.errors import ZtunError
 from ztun.gateway.dns.servers import endpoint
 from ztun.names.message import frame
@@ -28,8 +29,7 @@ _MAX_PIPELINED = 32
 # RFC 7766 section 6.2.3: on the order of seconds, and more than a round trip.
 _STREAM_IDLE_S = 10.0
 _CONTROL_SPACE = socket.CMSG_SPACE(20)
-# Linux's numbers; the socket module of 3.11 has no name for the first (linux/in.h).
-_IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8)
+_IP_PKTINFO = getattr(socket, "IP_PKTINFO", DEFAULTS.pktinfo)  # the socket module of 3.11 has no name for it
 
 
 def open_sockets(listen: Sequence[str], sockets: SocketFactory) -> list[socket.socket]:

@@ -20,6 +20,7 @@ from ztun.platform.darwin.table import Key
 log = structlog.get_logger("ztun.routes")
 
 _EXISTS = "File exists"  # what route(8) says of EEXIST
+_REFUSED = ("route: ", "writing to routing socket")
 _ABSENT = ("not in table", "No such process")
 
 
@@ -66,7 +67,7 @@ class PrefixRoutes:
         # route(8) gives 0 in spite of some errors, so what it says counts as well.
         if _EXISTS in done.output:
             self._require_ours(key)
-        elif done.code or "route: " in done.output:
+        elif done.code or any(words in done.output for words in _REFUSED):
             raise ZtunError(f"cannot route {show(key)} into {self._device}: {one_line(done)}")
 
     def _require_ours(self, key: Key) -> None:
@@ -90,7 +91,7 @@ class PrefixRoutes:
 
     def _argv(self, verb: str, key: Key) -> list[str]:
         family = "-inet" if len(key[0]) == 4 else "-inet6"
-        return ["route", "-q", "-n", verb, family, "-net", show(key), "-interface", self._device]
+        return ["route", "-n", verb, family, "-net", show(key), "-interface", self._device]
 
 
 class UtunRoutes:
