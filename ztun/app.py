@@ -98,6 +98,7 @@ class Instance:
         self._loop = asyncio.get_running_loop()
         self._sockets = platform.make_socket_factory(MARK)
         self._loops = LoopWatch(self._loop, self.parts, platform.make_own_flows(MARK))
+        self._carries_direct = False  # what the classifier finds direct does not pass us by
 
     async def start(self) -> bool:
         """Make and join everything, capturing last. Raises ConfigError or ZtunError. Returns True."""
@@ -159,6 +160,8 @@ class Instance:
         device = platform.open_device(self.settings.tun.name, self.settings.tun.mtu)
         self.parts.device = device
         self._undo.push("the TUN device", device.close)
+        if device.name != self.settings.tun.name:
+            self.settings = self.parts.settings = making.with_device(self.settings, device.name)
         self._tidy(platform.recover)
         routes = making.make_tun_routes(self.settings, device.name)
         self._undo.push("addresses and routes", routes.down)
@@ -180,6 +183,7 @@ class Instance:
     async def _make_classifier(self, device: PacketDevice, addresses: list[machine.InterfaceAddress]) -> None:
         classifier = await making.make_classifier(self.settings, device.name, MARK, addresses)
         self.parts.classifier = classifier
+        self._carries_direct = getattr(classifier, "carries_direct", False)
         self._undo.push("the classifier", self._close_classifier)
         if classifier.fallback_reason is not None:
             self.parts.notes.append(f"{classifier.backend} instead of the first choice: {classifier.fallback_reason}")
@@ -237,7 +241,8 @@ class Instance:
     def _learner(self, rules: Rules) -> Callable[[bytes, int, int], None]:
         def learn(address: bytes, ttl: int, rule: int) -> None:
             verdict = rules.learned_verdict(address, rule)
-            if verdict is Verdict.TUNNEL and self.parts.gateway is not None:
+            comes_to_us = verdict is Verdict.TUNNEL or self._carries_direct
+            if comes_to_us and self.parts.gateway is not None:
                 self.parts.gateway.remember(address, rule)
             if self.parts.classifier is not None:
                 self.parts.classifier.learn(address, verdict, rule)
@@ -250,6 +255,10 @@ class Instance:
         self.parts.require_classifier().attach()
         # Only now: what a dead instance keeps shut stays so until this one is there (capture.fail).
         self._tidy(platform.sweep)
+        resolver = making.make_resolver(self.settings, self.parts.require_device().name)
+        if resolver is not None:
+            self._undo.push("this host's resolver", resolver.down)
+            resolver.up()
         for outbound in self.parts.outbounds.values():
             outbound.warm_up()
 

@@ -19,8 +19,8 @@ from ztun.names.pool import FakeIpPool
 from ztun.names.store import SqliteNameStore
 from ztun.outbound import OutboundSpec, Tools, make_outbounds
 from ztun.placement import Placement
-from ztun.ports import Classifier, Outbound, Routes
-from ztun.rules import Network
+from ztun.ports import Classifier, Outbound, Routes, SystemResolver
+from ztun.rules import DIRECT, Network
 
 names_log = structlog.get_logger("ztun.names")
 
@@ -71,6 +71,22 @@ def make_tun_routes(settings: Settings, device: str) -> Routes:
         address6=str(tun.address6) if tun.address6 is not None else None,
         ranges=[str(network) for network in (fake.range, fake.range6) if network is not None],
     )
+
+
+def make_resolver(settings: Settings, device: str) -> SystemResolver | None:
+    """What brings this host's own queries for names of the rules to ztun, with capture.host; None where nothing has to
+    be done for it. They go to an address of the Fake-IPs, where port 53 is taken for ztun's own.
+    """
+    if not settings.capture.host or not settings.dns.hijack:
+        return None
+    rules = [rule for rule in settings.route.rules if rule.outbound != DIRECT]
+    domains = [name for rule in rules for name in (*rule.domain, *rule.domain_suffix)]
+    return platform.make_resolver(device, str(settings.tun.address.ip + 1), domains)
+
+
+def with_device(settings: Settings, name: str) -> Settings:
+    """The settings with the name that the TUN got: macOS chooses one for "utun"."""
+    return settings.model_copy(update={"tun": settings.tun.model_copy(update={"name": name})})
 
 
 async def make_classifier(
