@@ -54,12 +54,8 @@ class Placement:
         prefixes = await asyncio.to_thread(
             compile_prefixes, rules, around.builtin_direct, around.own_networks, around.fake_ranges, self._countries
         )
-        replacing = getattr(classifier, "replacing_rules", None)  # in slices, where it takes its time
-        if replacing is None:
-            classifier.replace_rules(prefixes)
-        else:
-            for _ in replacing(prefixes):
-                await asyncio.sleep(0)
+        for _ in classifier.replacing_rules(prefixes):
+            await asyncio.sleep(0)
         self.prefixes = len(prefixes)
         for decider in deciders:
             decider.replace_rules(rules)

@@ -6,7 +6,7 @@ Addresses cross the seams as packed bytes in network order: 4 bytes for IPv4, 16
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum, IntEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -91,6 +91,10 @@ class Classifier(Protocol):
         """Make the prefix tables equal to `prefixes`, changing only what differs."""
         ...
 
+    def replacing_rules(self, prefixes: Iterable[Prefix]) -> Iterator[None]:
+        """The same in steps that take some milliseconds each; it is done when they are. Raises ZtunError."""
+        ...
+
     def learn(self, address: bytes, verdict: Verdict, rule: int) -> None:
         """Give one address its own verdict, ahead of the prefixes: the real address of a name that a rule decided."""
         ...
@@ -173,7 +177,7 @@ class SystemResolver(Protocol):
 
 
 class NetworkEvent(NamedTuple):
-    """Something changed outside: kind is "link", "address" or "route"; up is False when it went away."""
+    """Something changed outside: kind is "link", "address", "route" or "rule"; up is False when it went away."""
 
     kind: str
     ifname: str
@@ -181,12 +185,15 @@ class NetworkEvent(NamedTuple):
 
 
 class Link(NamedTuple):
-    """An interface. enabled: somebody set it up; up: it is, and has a carrier as far as it can tell (RFC 2863)."""
+    """An interface. enabled: somebody set it up; up: it is, and has a carrier as far as it can tell (RFC 2863); bridge:
+    whose port it is, "" where it is none.
+    """
 
     name: str
     ifindex: int
     enabled: bool
     up: bool
+    bridge: str = ""
 
 
 class Path(NamedTuple):
@@ -203,13 +210,14 @@ class NetworkState(NamedTuple):
 
     links: by name; addresses: (interface name, packed address, prefix length in bits); paths: the way to each address
     that is watched, None where there is none; exits: interface -> the IP versions by which this host reaches the
-    internet there.
+    internet there; rules: how many rules of the host's policy routing are ours.
     """
 
     links: Mapping[str, Link]
     addresses: Sequence[tuple[str, bytes, int]]
     paths: Mapping[str, Path | None]
     exits: Mapping[str, Sequence[int]] = MappingProxyType({})
+    rules: int = 0
 
 
 class NetworkMonitor(Protocol):

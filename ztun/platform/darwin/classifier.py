@@ -168,6 +168,11 @@ class PythonClassifier:
     def _admit(self, packet: memoryview) -> bool:
         return self.decider.classify(packet) is not _DROP
 
+    def replacing_rules(self, prefixes: Iterable[Prefix]) -> Iterator[None]:
+        """The same as `replace_rules`, at once."""
+        self.replace_rules(prefixes)
+        yield
+
     def replace_rules(self, prefixes: Iterable[Prefix]) -> None:
         """Make the prefix tables equal to `prefixes`, and the routes with them. Raises ZtunError."""
         self._prefixes = list(prefixes)

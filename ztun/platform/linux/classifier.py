@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import structlog
@@ -86,11 +86,17 @@ class BpfClassifier:
 
     def replace_rules(self, prefixes: Iterable[Prefix]) -> None:
         """Make the prefix tables equal to `prefixes`, writing only what differs. Raises ZtunError if too many."""
+        for _ in self.replacing_rules(prefixes):
+            pass
+
+    def replacing_rules(self, prefixes: Iterable[Prefix]) -> Iterator[None]:
+        """See ztun.ports.Classifier.replacing_rules."""
         by_length: dict[int, list[Prefix]] = {4: [], 16: []}
         for prefix in prefixes:
             by_length[len(prefix.network)].append(prefix)
-        self._prefixes4.replace(by_length[4])
-        self._prefixes6.replace(by_length[16])
+        yield
+        yield from self._prefixes4.replacing(by_length[4])
+        yield from self._prefixes6.replacing(by_length[16])
         self._xdp.replace_rules(by_length)
         self._follow_xdp()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from ztun.platform.linux.bpfcall import (
+    MAP_DELETE_BATCH,
     MAP_DELETE_ELEM,
     MAP_LOOKUP_BATCH,
     MAP_LOOKUP_ELEM,
@@ -25,6 +27,7 @@ _BATCH = 4096
 _COUNT_OFFSET = 32  # of `count` among the batch attributes of union bpf_attr
 
 _Memory = ctypes.Array[ctypes.c_char]
+_NOTHING: _Memory = ctypes.create_string_buffer(1)
 
 
 def _hold(data: bytes) -> _Memory:
@@ -68,17 +71,38 @@ class Map:
 
     def update_many(self, entries: Mapping[bytes, bytes]) -> None:
         """Write all entries, thousands with one system call."""
-        pairs = list(entries.items())
-        for start in range(0, len(pairs), _BATCH):
-            some = pairs[start : start + _BATCH]
+        for _ in self.updating(entries):
+            pass
+
+    def updating(self, entries: Mapping[bytes, bytes]) -> Iterator[None]:
+        """The same, with a pause for others after each system call. Some milliseconds lie between two of them."""
+        pairs = iter(entries.items())
+        done = 0
+        while some := list(itertools.islice(pairs, _BATCH)):
             keys, values = _hold(b"".join(key for key, _ in some)), _hold(b"".join(value for _, value in some))
-            code, done = self._batch(MAP_UPDATE_BATCH, 0, 0, keys, values, len(some))
+            code, count = self._batch(MAP_UPDATE_BATCH, 0, 0, keys, values, len(some))
             if code:
-                raise OSError(code, f"{os.strerror(code)} (entry {start + done} of {len(pairs)})")
+                raise OSError(code, f"{os.strerror(code)} (entry {done + count} of {len(entries)})")
+            done += count
+            yield
 
     def delete_many(self, keys: Iterable[bytes]) -> None:
-        for key in keys:
-            self.delete(key)
+        """Remove those of these entries that there are."""
+        for _ in self.deleting(keys):
+            pass
+
+    def deleting(self, keys: Iterable[bytes]) -> Iterator[None]:
+        """The same, with a pause for others after each system call."""
+        rest = iter(keys)
+        while some := list(itertools.islice(rest, _BATCH)):
+            start = 0
+            while start < len(some):
+                held = _hold(b"".join(some[start:]))
+                code, count = self._batch(MAP_DELETE_BATCH, 0, 0, held, _NOTHING, len(some) - start)
+                if code not in (0, errno.ENOENT):
+                    raise OSError(code, os.strerror(code))
+                start += count + (code == errno.ENOENT)  # what is gone already stops the kernel
+            yield
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
         """All entries, read in batches while the programs go on changing them."""

@@ -7,7 +7,7 @@ in by routes goes back by the kernel's forwarding, since the program on the TUN 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import structlog
@@ -45,6 +45,12 @@ class MixedClassifier:
         self._bpf.replace_rules(self._prefixes)
         if self._routes is not None:
             self._routes.replace_rules(self._prefixes)
+
+    def replacing_rules(self, prefixes: Iterable[Prefix]) -> Iterator[None]:
+        self._prefixes = list(prefixes)
+        yield from self._bpf.replacing_rules(self._prefixes)
+        if self._routes is not None:
+            yield from self._routes.replacing_rules(self._prefixes)
 
     def learn(self, address: bytes, verdict: Verdict, rule: int) -> None:
         self._learned[address] = verdict, rule

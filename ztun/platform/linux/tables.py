@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import socket
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from ztun.platform.linux.layout import DECISION, U32
 from ztun.platform.linux.maps import Map
 from ztun.ports import Prefix, Verdict
 
+_STEP = 4096  # prefixes that are looked at before others have their turn
 _MAPPED = b"\0" * 10 + b"\xff\xff"  # ::ffff:0:0/96 (RFC 4291, 2.5.5.2)
 
 
@@ -27,16 +29,31 @@ class PrefixTable:
 
         Raises ZtunError when there are more than the map takes.
         """
-        wanted = {U32.pack(prefix.length) + prefix.network: (prefix.verdict, prefix.rule) for prefix in prefixes}
-        changed = {key: value for key, value in wanted.items() if self._installed.get(key) != value}
+        for _ in self.replacing(prefixes):
+            pass
+
+    def replacing(self, prefixes: Iterable[Prefix]) -> Iterator[None]:
+        """The same in steps of some milliseconds. `rules` tells of the former ones until the last."""
+        wanted: dict[bytes, tuple[Verdict, int]] = {}
+        changed: dict[bytes, bytes] = {}
+        rest = iter(prefixes)
+        while some := list(itertools.islice(rest, _STEP)):
+            for prefix in some:
+                key, decision = U32.pack(prefix.length) + prefix.network, (prefix.verdict, prefix.rule)
+                wanted[key] = decision
+                if self._installed.get(key) != decision:
+                    changed[key] = DECISION.pack(*decision, 0)
+                else:
+                    changed.pop(key, None)
+            yield
         # New ones first: an address never falls through to a shorter prefix on the way.
         try:
-            self._trie.update_many({key: DECISION.pack(verdict, rule, 0) for key, (verdict, rule) in changed.items()})
+            yield from self._trie.updating(changed)
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise ZtunError(f"{len(wanted)} prefixes are more than the kernel table takes: use fewer") from error
             raise
-        self._trie.delete_many(self._installed.keys() - wanted.keys())
+        yield from self._trie.deleting(key for key in self._installed if key not in wanted)
         self._installed = wanted
 
     def rules(self) -> set[int]:
