@@ -64,6 +64,7 @@ class NetworkKeeper:
         self._parts = parts
         self._paused = False
         self._captured = dict(parts.classifier.captured())
+        self._told_bridges: dict[str, str] = {}  # interfaces that are ports of one
         self._exits: dict[str, str] = {}
         self._ways: dict[str, Path] = {}  # the last way there was to each destination
         self._addresses: list[Address] | None = None
@@ -110,16 +111,26 @@ class NetworkKeeper:
                 log.exception("cannot follow the network, until it changes again", what=what)
 
     async def _keep_device(self, before: NetworkState, now: NetworkState, events: Sequence[NetworkEvent]) -> None:
-        """With its link set down, the TUN loses its routes and IPv6 addresses."""
+        """With its link set down, the TUN loses routes and IPv6 addresses; who manages networks may take them too."""
         device = self._parts.device
-        if NetworkEvent("link", device, False) in events and device in now.links:
+        if device not in now.links:
+            return
+        if NetworkEvent("link", device, False) in events:
             log.warning("somebody set the TUN down, setting it up again", device=device)
-            self._parts.routes.restore()
-            self._parts.classifier.reinstall()
+        elif NetworkEvent("address", device, False) in events:
+            log.warning("somebody took addresses from the TUN, putting them back", device=device)
+        else:
+            return
+        self._parts.routes.restore()
+        self._parts.classifier.reinstall()
 
     async def _keep_capture(self, before: NetworkState, now: NetworkState, events: Sequence[NetworkEvent]) -> None:
         self._parts.classifier.replace_exits({to: on for to, on in now.exits.items() if to != self._parts.device})
         self._capture()
+        bridges = {name: link.bridge for name in self._parts.lan if (link := now.links.get(name)) and link.bridge}
+        for name, bridge in bridges.items() - self._told_bridges.items():
+            log.warning("packets of a bridge's ports come in by the bridge", interface=name, remedy=f"capture {bridge}")
+        self._told_bridges = bridges
 
     def _capture(self) -> None:
         self._parts.classifier.attach()
@@ -230,6 +241,8 @@ class NetworkKeeper:
             return {"name": name, "state": "failed", "reason": captured}
         if captured == "absent" or name not in state.links:
             return {"name": name, "state": "absent"}
+        if bridge := state.links[name].bridge:
+            return {"name": name, "state": "failed", "reason": f"a port of {bridge}: capture {bridge}"}
         return {"name": name, "state": "up" if state.links[name].up else "down"}
 
 

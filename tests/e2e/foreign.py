@@ -19,7 +19,7 @@ from ztun.platform.linux import netlink
 from ztun.platform.linux.bpfcall import TCX_INGRESS, attributes, bpf, create_tcx_link
 from ztun.platform.linux.maps import Map
 
-GO_ON, PASS = -1, 0  # TCX_NEXT and TC_ACT_UNSPEC: who comes next decides; TCX_PASS and TC_ACT_OK: it is decided
+GO_ON = -1  # TCX_NEXT and TC_ACT_UNSPEC: who comes next decides
 _MAP_CREATE, _PROG_LOAD, _LINK_CREATE = 0, 5, 28
 _ARRAY, _SCHED_CLS = 2, 3
 _BEFORE = 1 << 3  # BPF_F_BEFORE

@@ -14,6 +14,7 @@ import pytest
 from e2e.lan_sites import Site, more_lans
 from e2e.traffic import ask_udp, start
 from ztun.lab import Lab, Ztun, plan
+from ztun.lab.namespace import wait_until
 
 LAN = ["lan0", "lan1", "trunk0.10", "br0"]
 SITES = ["client", "cable", "vlan", "box1", "box2"]
@@ -157,3 +158,15 @@ def test_the_flows_say_where_their_clients_are(lab: Lab, gateway: Ztun, sites: d
 def test_containers_of_one_bridge_reach_each_other_past_the_gateway(gateway: Ztun, sites: dict[str, Site]) -> None:
     sites["box1"].namespace.run("ping", "-c1", "-W5", sites["box2"].address4)
     sites["box1"].namespace.run("ping", "-c1", "-W5", sites["box2"].address6)
+
+
+def test_a_port_of_a_bridge_is_told_to_be_one(lab: Lab, sites: dict[str, Site]) -> None:
+    instance = start(lab, {"capture": {"lan": ["lan0", "port1"]}})
+    assert wait_until(lambda: "packets of a bridge's ports come in by the bridge" in instance.output)
+    assert "capture br0" in instance.output
+    reason = {"name": "port1", "state": "failed", "reason": "a port of br0: capture br0"}
+    assert instance.status()["network"]["lan"] == [{"name": "lan0", "state": "up"}, reason]
+    lab.gateway.ip("link set port1 nomaster")
+    assert wait_until(lambda: instance.status()["network"]["lan"][1] == {"name": "port1", "state": "up"})
+    lab.gateway.ip("link set port1 master br0")
+    lab.stop()

@@ -19,9 +19,10 @@ _COMMANDS = (
     "bpftool net show",
     "sysctl -a --pattern ^net",
 )
-# Values that move on their own: expiry times, counters, memory of the neighbour and fib garbage collectors.
+# Values that move on their own: expiry times, timers, counters, memory of the neighbour and fib garbage collectors.
 _RESTLESS = re.compile(
-    r" expires \S+|conntrack_count = \d+|^net\.ipv6\.conf\.\S+\.(stable_secret|temp\S+) = .*$", re.MULTILINE
+    r" expires \S+| \w+_timer +[\d.]+|conntrack_count = \d+|^net\.ipv6\.conf\.\S+\.(stable_secret|temp\S+) = .*$",
+    re.MULTILINE,
 )
 
 

@@ -166,6 +166,8 @@ def differences(before: NetworkState, after: NetworkState, went: Collection[int]
     for ifname in sorted(before.exits.keys() | after.exits.keys()):
         if before.exits.get(ifname) != after.exits.get(ifname):
             yield NetworkEvent("route", ifname, ifname in after.exits)
+    if after.rules < before.rules:
+        yield NetworkEvent("rule", "", False)
 
 
 def _turns(was: Link | None, now: Link | None, went: Collection[int]) -> list[bool]:

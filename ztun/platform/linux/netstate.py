@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from ztun.platform.linux import netlink
 from ztun.platform.linux.addresses import list_addresses
 from ztun.platform.linux.exits import find_exits
+from ztun.platform.linux.routes import PROTOCOL
 from ztun.ports import Link, NetworkState, Path
 
 T = TypeVar("T")
@@ -29,9 +30,15 @@ def read_state(mark: int, destinations: Iterable[str]) -> NetworkState:
         by_index = {link.ifindex: link for link in links.values()}
         paths = {destination: find_path(ip, destination, mark, by_index) for destination in destinations}
         addresses = list_addresses(ip, tentative=False)
-        return NetworkState(links, addresses, paths, find_exits(ip, by_index, addresses))
+        return NetworkState(links, addresses, paths, find_exits(ip, by_index, addresses), _count_rules(ip))
 
     return _insist(read)
+
+
+def _count_rules(ip: Any) -> int:
+    """Some programs remove every ip rule that is not theirs, and with the routes backend these are all there is."""
+    found = (rule for family in (socket.AF_INET, socket.AF_INET6) for rule in ip.get_rules(family=family))
+    return sum(netlink.attribute(rule, "FRA_PROTOCOL") == PROTOCOL for rule in found)
 
 
 def find_interfaces(mark: int, ways: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str | None]:
@@ -60,11 +67,18 @@ def _insist(read: Callable[[Any], T]) -> T:
 
 
 def _list_links(ip: Any) -> dict[str, Link]:
-    links = {}
+    links: dict[str, Link] = {}
+    masters: dict[str, int] = {}
     for message in ip.get_links():
         name, flags = netlink.attribute(message, "IFLA_IFNAME"), message["flags"]
         enabled = bool(flags & _IFF_UP)
         links[name] = Link(name, message["index"], enabled, enabled and bool(flags & _IFF_RUNNING))
+        information = netlink.attribute(message, "IFLA_LINKINFO")
+        if information is not None and netlink.attribute(information, "IFLA_INFO_SLAVE_KIND") == "bridge":
+            masters[name] = netlink.attribute(message, "IFLA_MASTER")
+    by_index = {link.ifindex: name for name, link in links.items()}
+    for name, master in masters.items():
+        links[name] = links[name]._replace(bridge=by_index.get(master, ""))
     return links
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import structlog
 
 from ztun.errors import ZtunError
-from ztun.platform.linux import host_rules, journal, links, neighbours, netlink, route_batches, sysctl
+from ztun.platform.linux import firewall, host_rules, journal, links, neighbours, netlink, route_batches, sysctl
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.route_batches import Route
 from ztun.platform.linux.routes import PROTOCOL
@@ -170,6 +170,13 @@ class RoutesClassifier:
             "capturing with routes alone: no counters for each rule, learned names cost a route each",
             sysctls=self._sysctls.changes(),
         )
+        drops = firewall.find_forward_drops(self._capture.device)
+        if drops:
+            log.warning(
+                "a firewall drops what is forwarded, as tunnelled packets are without BPF",
+                chains=drops,
+                remedy=firewall.remedy(drops, self._capture.device),
+            )
 
     def _put_back_rules(self) -> None:
         """networkd, for one, removes what it does not know whenever it starts. Raises ZtunError."""
@@ -294,7 +301,11 @@ class RoutesClassifier:
             for (network, length), entry in sorted(self._installed.items())
         ]
         table = {"name": f"table {table_of(self._capture.device)}", "type": "routes", "entries": entries}
-        return {"programs": [], "maps": [table], "sysctls": self._sysctls.describe()}
+        shown = {"programs": [], "maps": [table], "sysctls": self._sysctls.describe()}
+        drops = firewall.find_forward_drops(self._capture.device)
+        if drops:
+            shown["firewall"] = {"drops": drops, "remedy": firewall.remedy(drops, self._capture.device)}
+        return shown
 
     def close(self) -> None:
         """Remove rules and routes and put the sysctls back. Idempotent."""
