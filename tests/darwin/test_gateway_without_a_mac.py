@@ -167,10 +167,13 @@ def test_this_hosts_own_names_and_traffic(lab: DarwinLab) -> None:
     """capture.host: a file in the directory of resolver(5) names a server whose packets the routes bring to ztun."""
     config = {
         **BASE,
+        "tun": {"name": "utun"},  # one that is free, the default on macOS
         "capture": {"host": True},
         "route": {"rules": [{"domain_suffix": ["site.test"], "outbound": "socks"}, *BASE["route"]["rules"]]},
     }
     instance = _started(lab, config)
+    assert "utun0" in instance.output
+    assert {route["device"] for route in instance.routes()["routes"]} == {"utun0"}
     text = (instance.resolver / "site.test").read_text()
     server = text.split("nameserver ")[1].strip()
     address = lab.gateway.run("dig", "+short", "www.site.test", f"@{server}").stdout.strip()
