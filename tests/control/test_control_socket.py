@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -64,6 +65,34 @@ async def test_status_and_routes_come_back_as_they_were_given(tmp_path: Path) ->
         client = ControlClient(tmp_path / "c.sock")
         assert await asyncio.to_thread(client.status) == status
         assert await asyncio.to_thread(client.routes) == {"backend": "tcx"}
+
+
+async def test_routes_that_take_long_keep_nobody_waiting(tmp_path: Path) -> None:
+    asked, goes_on = threading.Event(), threading.Event()
+
+    def routes() -> dict[str, Any]:
+        asked.set()
+        assert goes_on.wait(20)
+        return {"backend": "tcx"}
+
+    async with serving(tmp_path / "c.sock", status=lambda: {"state": "running"}, routes=routes):
+        client = ControlClient(tmp_path / "c.sock", timeout=20)
+        waiting = asyncio.create_task(asyncio.to_thread(client.routes))
+        assert await asyncio.to_thread(asked.wait, 20)
+        assert await asyncio.to_thread(client.status) == {"state": "running"}, "the event loop is free"
+        goes_on.set()
+        assert await waiting == {"backend": "tcx"}
+
+
+async def test_a_part_of_the_routes(tmp_path: Path) -> None:
+    entries = [{"prefix": f"10.0.0.{n}/32", "hits": n} for n in range(5)]
+    answer = {"maps": [{"name": "prefixes4", "entries": entries}, {"name": "own", "entries": []}]}
+    async with serving(tmp_path / "c.sock", routes=lambda: answer):
+        client = ControlClient(tmp_path / "c.sock")
+        cut = await asyncio.to_thread(client.routes, most=2)
+        assert cut["maps"][0] == {"name": "prefixes4", "entries": entries[3:], "count": 5}
+        alone = await asyncio.to_thread(client.routes, most=2, name="prefixes4")
+        assert alone["maps"] == [{"name": "prefixes4", "entries": entries, "count": 5}]
 
 
 async def test_only_the_owner_may_use_it_and_nothing_stays(tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ def run_routes(
 
         return watch(lambda: _ask_patiently(client, config, wanted), interval, show=None if json else show)
     answer, problem = _ask(client, config, wanted)
-    _require_map(answer, name)
+    if problem is None:
+        _require_map(answer, name)
     if json:
         print(to_json(answer))
     else:

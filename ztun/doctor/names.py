@@ -42,9 +42,9 @@ def check_clients_dns(scene: Scene) -> Finding:
     by_name = any(rule.domain or rule.domain_suffix or rule.domain_keyword for rule in scene.settings.route.rules)
     at = ", ".join(listen)
     if dns.hijack and scene.lan:
-        where = f"answered on {at} and " if listen else ""
-        detail = f"clients' queries are {where}taken from whatever server they pass through here to"
-        return ok("clients-dns", f"{detail}; not those to a server in their own network, nor DoH and DoT")
+        where = f"answered on {at}, and " if listen else ""
+        detail = f"clients' queries are {where}taken on their way to any server beyond this gateway"
+        return ok("clients-dns", f"{detail} (not in their own network, nor by DoH or DoT)")
     if listen:
         remedy = "have DHCP hand out one of these as the resolver, or set dns.hijack to true"
         level = Level.WARNING if by_name else Level.OK

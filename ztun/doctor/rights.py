@@ -10,6 +10,7 @@ from ztun.doctor.finding import Finding, Level, judge, ok, problem, warning
 from ztun.doctor.scene import Scene
 
 _FEW_FILES = 1024
+_SYS_ADMIN = 21  # holds all that BPF needs, and before Linux 5.8 is what it needs
 
 
 def check_capabilities(scene: Scene) -> Finding:
@@ -20,7 +21,8 @@ def check_capabilities(scene: Scene) -> Finding:
     remedy = "run it as root, or by packaging/ztun.service"
     if missing:
         return problem("capabilities", f"this user ({os.geteuid()}) lacks {', '.join(missing)}", remedy)
-    lacking = [privileges.name(one) for one in (privileges.BPF, privileges.PERFMON) if not privileges.has(one)]
+    for_bpf = () if privileges.has(_SYS_ADMIN) else (privileges.BPF, privileges.PERFMON)
+    lacking = [privileges.name(one) for one in for_bpf if not privileges.has(one)]
     if lacking and scene.wants_bpf:
         level = Level.WARNING if scene.backend == "auto" else Level.PROBLEM
         return judge("capabilities", level, f"no {', '.join(lacking)}: no BPF", remedy)
