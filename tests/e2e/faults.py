@@ -16,8 +16,8 @@ from ztun.lab import Lab, Ztun, plan
 from ztun.lab.namespace import wait_until
 
 RECOVERY = 10.0  # seconds within which a gateway works again after a fault; a tenth of that on a quiet machine
-# CPU seconds within one second without traffic. The heartbeat, the pulse and a look at this file take 0.02.
-IDLE_CPU = 0.3
+# CPU seconds within one second without traffic. The heartbeat and the rest take 0.002.
+IDLE_CPU = 0.1
 
 
 class Rest(NamedTuple):

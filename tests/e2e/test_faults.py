@@ -265,3 +265,28 @@ def ends(sock: socket.socket) -> bool:
         return sock.recv(100) == b""
     except ConnectionResetError:
         return True
+
+
+# Name servers.
+
+
+def test_name_servers_that_are_gone_and_come_back(lab: Lab) -> None:
+    """Names of proxied flows need none here; others are refused in time, and asked again when there is somebody."""
+    instance = start(lab, BASE)
+    works(lab)
+    before = at_rest(instance)
+    lab.end_server("dnsmasq")
+    try:
+        assert lab.dig("site.test", "A").startswith("198.18.")
+        begin = time.monotonic()
+        said = lab.client.run("dig", "+tries=1", "+time=8", "gone.direct.test", check=False).stdout
+        print(f"refused after {time.monotonic() - begin:.2f} s")
+        assert "SERVFAIL" in said
+        assert seen_as(lab) == plan.UPSTREAM4
+    finally:
+        lab.begin_server("dnsmasq")
+    begin = time.monotonic()
+    soon(lambda: lab.dig("direct.test", check=False) == plan.DIRECT4)
+    print(f"answered again after {time.monotonic() - begin:.2f} s")
+    works(lab)
+    comes_to_rest(instance, before)

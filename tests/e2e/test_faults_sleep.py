@@ -92,3 +92,20 @@ def test_a_gateway_that_stands_still_now_and_then_keeps_its_flows(lab: Lab) -> N
             assert kept.recv(100) == b"x"
             time.sleep(0.3)
     comes_to_rest(instance, before)
+
+
+def test_more_news_of_the_network_than_fit_while_it_stands_still(lab: Lab) -> None:
+    """The kernel drops notifications that nobody reads (ENOBUFS, netlink(7)); what is true is read afterwards."""
+    instance = start(lab, BASE)
+    works(lab)
+    before, overflows = at_rest(instance), instance.status()["network"]["events"]["overflows"]
+    with standing_still(instance, 0.3):
+        lab.gateway.ip(
+            *(f"link set lan0 mtu {1400 + number % 100}" for number in range(3000)), "link set lan0 mtu 1500"
+        )
+        lab.gateway.ip("link set lan0 name lan9")
+    soon(lambda: instance.status()["network"]["lan"] == [{"name": "lan0", "state": "absent"}])
+    assert instance.status()["network"]["events"]["overflows"] > overflows
+    lab.gateway.ip("link set lan9 name lan0")
+    works(lab)
+    comes_to_rest(instance, before)

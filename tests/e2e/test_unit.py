@@ -158,6 +158,18 @@ def end_of(sock: socket.socket) -> bytes | None:
         return None
 
 
+def test_what_a_killed_one_left_is_removed(lab: Lab) -> None:
+    """Filters of clsact outlive a process; `ztun down` after its end needs no more rights than it had."""
+    config = json.dumps(CONFIG | {"capture": {"lan": ["lan0"], "backend": "clsact"}})
+    with booted(lab, "killed", config, ["Restart=no"]) as systemd:
+        before = snapshot(lab.gateway)
+        systemd.systemctl("start", "ztun")
+        assert "ztun:ztun0:" in lab.gateway.run("tc", "filter", "show", "dev", "lan0", "ingress").stdout
+        os.kill(systemd.pid(), signal.SIGKILL)
+        assert wait_until(lambda: systemd.show("ActiveState") == "failed", 30)
+        assert differences(before, snapshot(lab.gateway)) == [], systemd.output
+
+
 def test_wrong_configuration_is_not_tried_again(lab: Lab) -> None:
     with booted(lab, "wrong", '{"tun": {"mtuu": 1500}}', ["RestartSec=0.1"]) as systemd:
         systemd.systemctl("start", "ztun", check=False)
