@@ -137,6 +137,8 @@ def test_closed_when_it_is_killed(lab: Lab, backend: str) -> None:
     assert page(lab, url_of(plan.SITE4))["client"] == plan.UPSTREAM4
     assert again.stop() == 0
     assert page(lab, url_of(plan.SITE4))["client"] == plan.GATEWAY_WAN4
+    assert "ztun" not in lab.gateway.run("tc", "filter", "show", "dev", "wan0", "egress").stdout
+    assert "from 0.0.0.0" not in lab.gateway.run("ip", "rule").stdout
 
 
 def test_a_laptop_needs_no_lan(lab: Lab) -> None:

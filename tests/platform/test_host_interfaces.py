@@ -97,6 +97,15 @@ def test_every_kind_of_ethernet(world: World, bpf_backend: str, kind: str) -> No
         assert {(home["address"], home["ifname"]) for home in homes} == {(OUT4, name), (OUT6, name)}
 
 
+def test_an_address_that_is_no_longer_ours_is_forgotten(world: World) -> None:
+    name = make_way_out(world, "plain")
+    with capturing("tcx", name) as (device, classifier):
+        exchange_all(device, name)
+        classifier.replace_own_addresses([packed(OUT6)])
+        homes = next(table["entries"] for table in classifier.snapshot()["maps"] if table["name"] == "homes")
+        assert [home["address"] for home in homes] == [OUT6]
+
+
 def test_a_way_out_that_is_captured_from_as_well(world: World, bpf_backend: str) -> None:
     """One cable for all: its clients, the host and the internet."""
     name = make_way_out(world, "plain")

@@ -105,6 +105,7 @@ class BpfClassifier:
         wanted = {tables.widen(address) for address in addresses}
         self._maps["own"].update_many({address: U32.pack(1) for address in wanted - self._own})
         self._maps["own"].delete_many(self._own - wanted)
+        self._host.forget(self._own - wanted)
         self._own = wanted
 
     def learn(self, address: bytes, verdict: Verdict, rule: int) -> None:

@@ -6,7 +6,7 @@ docs/host-traffic.md tells what is captured and what is not.
 from __future__ import annotations
 
 import socket
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import structlog
@@ -145,6 +145,10 @@ class HostCapture:
         if links.name_of(hooked.ifindex) is None:  # what is put back there now would get lost
             homes = self._maps["homes"]
             homes.delete_many([key for key, value in homes.items() if CLIENT.unpack(value)[0] == hooked.ifindex])
+
+    def forget(self, addresses: Iterable[bytes]) -> None:
+        """These (16 bytes each) are this host's no longer: somebody else may have them now."""
+        self._maps["homes"].delete_many(addresses)
 
     def programs(self) -> list[dict[str, Any]]:
         """As in Classifier.snapshot."""
