@@ -49,8 +49,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin --follow-imports silent $(shell find ztun -name '*.py' -not -path 'ztun/platform/linux/*' \
-		-not -path 'ztun/lab/*' -not -path 'ztun/cli/demo.py')
+	$(BIN)/mypy --config-file mypy-darwin.ini
 	$(BIN)/lint-imports
 
 # make test ARGS="tests/stack -k sack"

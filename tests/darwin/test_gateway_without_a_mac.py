@@ -147,14 +147,14 @@ def test_queries_to_any_resolver_are_answered_by_ztun(lab: DarwinLab, everything
 
 
 def test_routes_and_status_have_the_same_form(lab: DarwinLab, everything: ZtunAsDarwin) -> None:
-    shown = json.loads(everything.command("routes", "--json", "--socket", str(everything.socket_path)).stdout)
+    shown = everything.routes()
     assert shown["backend"] == "python"
     assert shown["programs"] == [{"name": "classify", "hook": "python", "ifname": UTUN, "id": 0}]
     names = [table["name"] for table in shown["maps"]]
     assert names == ["settings", "prefixes4", "prefixes6", "learned4", "learned6", "own", "counters", "rules"]
     assert {"direct", "tunnel", "drop", "drop_rule", "drop_bad_source"} <= shown["counters"].keys()
     assert shown["ip_rules"] == []
-    status = json.loads(everything.command("status", "--json", "--socket", str(everything.socket_path)).stdout)
+    status = everything.status()
     assert status["backend"] == "python"
     assert status["network"]["egress"][0]["interface"] == "wan0"
     assert "python" in everything.command("routes", "--socket", str(everything.socket_path)).stdout

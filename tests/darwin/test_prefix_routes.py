@@ -17,7 +17,7 @@ from darwin.test_resolver_files import dead_pid
 from ztun.errors import ConfigError, ZtunError
 from ztun.platform import darwin
 from ztun.platform.darwin.calls import Done
-from ztun.platform.darwin.forwarding import Forwarding, sweep
+from ztun.platform.darwin.forwarding import Forwarding, left_over, sweep
 from ztun.platform.darwin.routes import PrefixRoutes, show
 from ztun.platform.darwin.table import PrefixTable, halves, outermost
 from ztun.ports import Prefix, Verdict
@@ -156,6 +156,7 @@ def test_forwarding_that_a_killed_process_left_on(tmp_path: Path) -> None:
     path = tmp_path / "ztun-utun4.sysctls"
     path.write_text(f'{{"pid": {dead_pid()}, "before": {{"net.inet.ip.forwarding": "0", "kern.evil": "0"}}}}')
     (tmp_path / "ztun-utun5.sysctls").write_text("no JSON")
+    assert [left.name for left in left_over(tmp_path)] == ["ztun-utun4.sysctls", "ztun-utun5.sysctls"]
     assert sweep(calls, tmp_path) == ["sysctl net.inet.ip.forwarding=1"]  # type: ignore[arg-type]
     assert calls.ran == ["sysctl -w net.inet.ip.forwarding=0"]
     assert list(tmp_path.iterdir()) == []
@@ -172,6 +173,12 @@ def test_it_can_be_imported_anywhere() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_defaults_of_macos_are_chosen_in_one_place() -> None:
+    code = "import sys; sys.platform = 'darwin'; import ztun.defaults; print(*ztun.defaults.DEFAULTS)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["utun", "/var/run/ztun/control.sock", "/var/db/ztun/fake-ip.db", "26"]
 
 
 def test_the_launchd_job() -> None:

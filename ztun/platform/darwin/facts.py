@@ -88,9 +88,13 @@ def ingress_qdiscs() -> dict[str, str]:
     return {}
 
 
-def forward_drops() -> list[str] | None:
+def forward_drops(ifname: str) -> list[str]:
     """Not known: pf is not asked."""
-    return None
+    return []
+
+
+def accepting(chains: Iterable[str], ifname: str) -> str:
+    return ""
 
 
 def path_mtu(address: str, mark: int) -> tuple[int, str] | None:

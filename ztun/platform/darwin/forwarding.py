@@ -72,12 +72,16 @@ class Forwarding:
 def sweep(calls: Calls, directory: Path | None = None) -> list[str]:
     """Put back what instances changed that were killed; returns a line for each."""
     lines = []
-    for path in sorted((directory or DIRECTORY).glob("ztun-*.sysctls")):
+    for path in left_over(directory):
         device = path.name.removeprefix("ztun-").removesuffix(".sysctls")
-        if is_alive(_pid_in(path)):
-            continue
         lines += Forwarding(device, calls, directory).restore()
     return lines
+
+
+def left_over(directory: Path | None = None) -> list[Path]:
+    """The files of processes that are no more."""
+    found = sorted((directory or DIRECTORY).glob("ztun-*.sysctls"))
+    return [path for path in found if not is_alive(_pid_in(path))]
 
 
 def _pid_in(path: Path) -> int:

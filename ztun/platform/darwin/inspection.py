@@ -6,6 +6,8 @@ import socket
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ztun.platform.darwin import forwarding, resolver
+
 __all__ = ["describe_interfaces", "find_leftovers", "look"]
 
 
@@ -30,7 +32,7 @@ def describe_interfaces(
 
 
 def look(device: str, lan: Iterable[str] = ()) -> dict[str, Any]:
-    """As on Linux; nothing of ztun outlives its process here."""
+    """As on Linux; of a process that was killed there is little to see here."""
     return {
         "device": device,
         "backend": None,
@@ -44,11 +46,12 @@ def look(device: str, lan: Iterable[str] = ()) -> dict[str, Any]:
         "sysctls": [],
         "rules": [],
         "waiting": [],
-        "leftovers": [],
+        "leftovers": find_leftovers(),
         **describe_interfaces(device, dict.fromkeys(lan, "not captured"), {}),
     }
 
 
 def find_leftovers() -> list[str]:
-    """Nothing: a utun device and its routes go with the process."""
-    return []
+    """What a killed process left behind, a line each. Its utun and the routes into it went with it."""
+    lines = [f"resolver file {path}" for path in resolver.left_over()]
+    return lines + [f"forwarding switched on, see {path}" for path in forwarding.left_over()]
