@@ -32,6 +32,7 @@ class Patient:
     def __init__(self, namespace: Namespace, directory: Path) -> None:
         self.namespace = namespace
         self.directory = directory
+        self.mode = 0o600  # of the configuration file
 
     def write(self, config: dict[str, Any]) -> Path:
         """The configuration file of a healthy gateway, `config` laid over its sections."""
@@ -45,7 +46,7 @@ class Patient:
         }
         path = self.directory / "ztun.json"
         path.write_text(json.dumps({**base, **whole}))
-        path.chmod(0o600)
+        path.chmod(self.mode)
         return path
 
     def finding(self, check: str, config: dict[str, Any], *, timeout: float = 0.3) -> Finding:

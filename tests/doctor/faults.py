@@ -102,7 +102,7 @@ def proxy(kind: str = "socks5", host: str = WAN4, **more: str) -> dict[str, Any]
     return {"outbounds": [{"tag": "office", "type": kind, "server": f"{host}:1080", **more}]}
 
 
-LOGIN = {"username": "user", "password": "secret"}
+LOGIN = {"username": "user", "password": "xyzzy"}
 BY_NAME = {"rules": [{"domain_suffix": ["example.org"], "outbound": "block"}]}
 TAGGED = f"ip rule add iif lan0 table {table_of('gone0')} protocol 122 priority {facts.RULE_PRIORITY}"
 DROPPING = "add table ip filter; add chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }"

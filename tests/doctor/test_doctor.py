@@ -51,15 +51,13 @@ def test_without_the_fault_the_same_check_is_content(patient: Patient, check: st
 # Faults of files.
 
 
-def test_secrets_that_others_can_read(patient: Patient) -> None:
-    assert patient.finding("secrets", proxy(**LOGIN)).level is Level.OK
-    path = patient.directory / "ztun.json"
-    write = patient.write
-    patient.write = lambda config: (write(config).chmod(0o640), path)[1]  # type: ignore[method-assign]
+@pytest.mark.parametrize(("mode", "level"), [(0o600, "ok"), (0o640, "ok"), (0o644, "warning"), (0o602, "problem")])
+def test_a_configuration_that_others_can_read_or_change(patient: Patient, mode: int, level: str) -> None:
+    patient.mode = mode
     found = patient.finding("secrets", proxy(**LOGIN))
-    assert found.level is not Level.OK
-    assert found.remedy == f"chmod 600 {path}"
-    assert "secret" not in found.detail.replace("secrets", "")
+    assert found.level.value == level
+    assert found.remedy.endswith("" if level == "ok" else f"chmod 0600 {patient.directory}/ztun.json")
+    assert LOGIN["password"] not in found.detail.replace("passwords", "")
 
 
 def test_directories_that_cannot_be_written(patient: Patient) -> None:

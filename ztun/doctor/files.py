@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 
+from ztun.config.secrets import check_file
 from ztun.doctor.finding import Finding, ok, problem, warning
 from ztun.doctor.scene import Scene
 from ztun.errors import ConfigError
@@ -15,14 +15,17 @@ from ztun.platform import facts
 
 def check_secrets(scene: Scene) -> Finding:
     path = scene.config
-    tags = [outbound.tag for outbound in scene.settings.outbounds if outbound.password is not None]
-    if path is None or not tags:
-        return ok("secrets", "no passwords in a file")
-    mode = path.stat().st_mode
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        detail = f"{path} has passwords ({', '.join(tags)}) and mode {stat.S_IMODE(mode):04o}"
-        return warning("secrets", detail, f"chmod 600 {path}")
-    return ok("secrets", f"only its owner reads {path}")
+    if path is None:
+        return ok("secrets", "no configuration file")
+    try:
+        lines = check_file(path, scene.settings)
+    except ConfigError as error:
+        what, _, remedy = str(error).partition("; ")
+        return problem("secrets", what, remedy)
+    if lines:
+        what, _, remedy = lines[0].partition("; ")
+        return warning("secrets", what, remedy)
+    return ok("secrets", "others cannot change the configuration file, nor read passwords in it")
 
 
 def check_directories(scene: Scene) -> Finding:

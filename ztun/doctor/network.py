@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 
+from ztun import privileges
 from ztun.doctor.finding import Finding, ok, problem, warning
 from ztun.doctor.scene import MARK, Scene
 from ztun.platform import facts
@@ -47,18 +48,21 @@ def _has_global6(scene: Scene) -> bool:
     return any(entry.ip.version == 6 and not entry.ip.is_link_local for entry in scene.addresses_of(scene.lan))
 
 
-async def check_forward_policy(scene: Scene) -> Finding:
-    chains = await asyncio.to_thread(facts.forward_drops)
-    if chains is None:
-        return ok("forward-policy", "the firewall's chains could not be read")
-    if not chains or not scene.lan:
-        return ok("forward-policy", "no firewall chain drops what it does not know")
-    detail = f"dropped unless a rule accepts it: what {', '.join(chains)} sees"
-    names = scene.settings.tun.name
+def check_forward_policy(scene: Scene) -> Finding:
+    device = scene.settings.tun.name
+    if not privileges.has(privileges.NET_ADMIN):
+        return ok("forward-policy", "the firewall's chains cannot be read without CAP_NET_ADMIN")
     if not scene.wants_bpf:
-        remedy = f"accept what comes from and goes to {names} there; else capture.backend: auto"
-        return problem("forward-policy", detail, remedy)
-    return warning("forward-policy", f"{detail}; tunnelled traffic passes by", "accept what the LAN sends directly")
+        chains = facts.forward_drops(device)
+        if chains:
+            detail = f"what is tunnelled is dropped, unless a rule accepts it, by {', '.join(chains)}"
+            return problem("forward-policy", detail, f"{facts.accepting(chains, device)}; or capture.backend: auto")
+    for ifname in scene.present():
+        chains = facts.forward_drops(ifname)
+        if chains:
+            detail = f"what {ifname} sends directly is dropped, unless a rule accepts it, by {', '.join(chains)}"
+            return warning("forward-policy", detail, facts.accepting(chains, ifname))
+    return ok("forward-policy", "no firewall chain drops what is forwarded")
 
 
 def check_rp_filter(scene: Scene) -> Finding:

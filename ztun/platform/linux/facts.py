@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import json
 import os
 import platform
 import re
-import shutil
 import socket
-import subprocess
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -19,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ztun.errors import ZtunError
-from ztun.platform.linux import bpfcall, journal, layout, loader, netlink, sysctl, xdp
+from ztun.platform.linux import bpfcall, firewall, journal, layout, loader, netlink, sysctl, xdp
 from ztun.platform.linux.attachments import Sight, list_attachments
 from ztun.platform.linux.classifier import MAPS, PROGRAMS
 from ztun.platform.linux.routes import PROTOCOL
@@ -35,7 +32,6 @@ _IP_MTU, _IPV6_MTU = 14, 24  # linux/in.h, linux/in6.h
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _LOCAL_TABLE = 255
 _UNICAST = 1  # RTN_UNICAST
-_NFT_SECONDS = 10.0
 _DHCP_FILES = ("dnsmasq.conf", "dnsmasq.d/*", "dhcp/dhcpd.conf")  # below /etc
 _DHCP_OPTIONS = (
     re.compile(
@@ -216,26 +212,14 @@ def ingress_qdiscs() -> dict[str, str]:
     return netlink.run(read)
 
 
-def forward_drops() -> list[str] | None:
-    """The chains that drop what is forwarded unless a rule accepts it, as "ip filter FORWARD"; None if not known."""
-    program = shutil.which("nft", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-    if program is None:
-        return None
-    try:
-        done = subprocess.run(
-            [program, "-j", "list", "chains"], capture_output=True, timeout=_NFT_SECONDS, check=False, text=True
-        )
-        entries = json.loads(done.stdout)["nftables"] if done.returncode == 0 else None
-    except (OSError, ValueError, KeyError, subprocess.TimeoutExpired):
-        return None
-    if entries is None:
-        return None
-    chains = [entry["chain"] for entry in entries if "chain" in entry]
-    return [
-        f"{chain['family']} {chain['table']} {chain['name']}"
-        for chain in chains
-        if chain.get("hook") == "forward" and chain.get("policy") == "drop"
-    ]
+def forward_drops(ifname: str) -> list[str]:
+    """The chains that drop what is forwarded and have no rule about an interface, as "ip filter FORWARD"."""
+    return firewall.find_forward_drops(ifname)
+
+
+def accepting(chains: Iterable[str], ifname: str) -> str:
+    """The commands that have those chains accept what comes from and goes to an interface."""
+    return firewall.remedy(chains, ifname)
 
 
 def path_mtu(address: str, mark: int) -> tuple[int, str] | None:
