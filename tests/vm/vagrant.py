@@ -27,7 +27,6 @@ class Vagrant:
             "VAGRANT_HOME": str(store / "vagrant-home"),
             "VAGRANT_DOTFILE_PATH": str(directory / "vagrant"),
             "VAGRANT_DEFAULT_PROVIDER": "libvirt",
-            "VAGRANT_NO_PARALLEL": "" if has_kvm() else "1",
             "ZTUN_VM_DIR": str(store),
             "ZTUN_VM_TCG": "" if has_kvm() else "1",
         }
@@ -60,18 +59,20 @@ class Vagrant:
             self._gateway = ""
 
     def _vagrant(self, *arguments: str) -> str:
-        """Raises RuntimeError with the end of what it said."""
+        """What it printed. Raises RuntimeError with the end of it."""
         log = self._directory / "vagrant.log"
         command = ["vagrant", *arguments, "--no-tty"]
-        done = subprocess.run(
-            command, cwd=ROOT / "vagrant", env=self._environment, capture_output=True, text=True,
-            timeout=_LONGEST, check=False, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        with log.open("a") as out:
-            out.write(f"$ {' '.join(command)}\n{done.stdout}{done.stderr}")
+        with log.open("a+") as output:
+            before = output.seek(0, os.SEEK_END)
+            done = subprocess.run(
+                command, cwd=ROOT / "vagrant", env=self._environment, stdin=subprocess.DEVNULL,
+                stdout=output, stderr=subprocess.STDOUT, timeout=_LONGEST, check=False,
+            )  # fmt: skip
+            output.seek(before)
+            said = output.read()
         if done.returncode:
-            raise RuntimeError(f"`{' '.join(command)}` gave {done.returncode}: {(done.stdout + done.stderr)[-3000:]}")
-        return done.stdout
+            raise RuntimeError(f"`{' '.join(command)}` gave {done.returncode}: {said[-3000:]}")
+        return said
 
     def _reach(self, name: str) -> Reach:
         options = dict(_OPTION.findall(self._vagrant("ssh-config", name)))
