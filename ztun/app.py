@@ -33,6 +33,7 @@ from ztun.network import NetworkKeeper, Parts
 from ztun.placement import Listening
 from ztun.ports import NetworkMonitor, PacketDevice, Verdict
 from ztun.report import Report
+from ztun.resolvers import SystemServers
 from ztun.revival import DeviceRevival
 from ztun.rules import Rules
 
@@ -98,6 +99,7 @@ class Instance:
         self._loop = asyncio.get_running_loop()
         self._sockets = platform.make_socket_factory(MARK)
         self._loops = LoopWatch(self._loop, self.parts, platform.make_own_flows(MARK))
+        self._system_servers = SystemServers(self.parts)
         self._carries_direct = False  # what the classifier finds direct does not pass us by
 
     async def start(self) -> bool:
@@ -232,6 +234,7 @@ class Instance:
     async def _listen(self, dns: DnsService) -> None:
         parts = self.parts
         self._undo.push("the DNS service", dns.close)
+        self._undo.push("the watch for DNS servers", self._system_servers.close)
         parts.dns = dns
         parts.listening = Listening(
             making.wanted_listeners(self.settings), self.settings.capture.lan, dns.start, parts.taken
@@ -297,6 +300,7 @@ class Instance:
         parts, placement = self.parts, self.parts.require_placement()
         addresses = [machine.InterfaceAddress(*each) for each in found]
         self._loops.follow(entry.address for entry in addresses)
+        self._system_servers.network_changed(addresses)
         if parts.listening is not None:
             await parts.listening.follow(addresses)
         placement.place(addresses)
@@ -311,6 +315,7 @@ class Instance:
                 outbound.warm_up()
         if self.parts.dns is not None:
             self.parts.dns.forgive()
+        self._system_servers.network_changed()
 
     def _give_up(self, reason: ZtunError) -> None:
         self.failure = reason

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from e2e.conftest import BACKENDS
+from e2e.conftest import BACKENDS, OUTBOUNDS, RULES
 from e2e.host_programs import lookup, page, start_on_host
 from ztun.lab import Lab, Ztun, plan
 from ztun.lab.namespace import wait_until
+from ztun.lab.ztun import complete
 
 STUB = "127.0.0.53"
 
@@ -43,8 +44,8 @@ def resolv_conf(lab: Lab, text: str) -> Iterator[Path]:
     path.write_text(text)
     try:
         yield path
-    finally:
         assert path.read_text() == text
+    finally:
         path.write_text(before)
 
 
@@ -86,6 +87,35 @@ def test_a_stub_that_binds_its_interface(lab: Lab, ztun: Ztun) -> None:
 def test_a_resolver_that_answers_itself_is_left_alone(lab: Lab, ztun: Ztun) -> None:
     with resolver(lab, "127.0.0.1", "--host-record=www.site.test,192.0.2.7"):
         assert lookup(lab, "@127.0.0.1", "www.site.test") == ["192.0.2.7"]
+
+
+def asked(instance: Ztun) -> list[str]:
+    return list(instance.status()["dns"]["servers"])
+
+
+def test_whom_the_host_asks_is_followed(lab: Lab) -> None:
+    """With `dns.servers` left out, as on a laptop: another network brings another resolv.conf."""
+    lab.stop()
+    first = f"nameserver {STUB}\nnameserver {plan.UPSTREAM4}\n"
+    with resolv_conf(lab, first) as path:
+        instance = lab.prepare()
+        config = complete({"capture": {"host": True, "lan": []}}, instance.directory)
+        config["dns"] = {"fake_ip": config["dns"]["fake_ip"]}
+        config["route"] = {"rules": RULES, "default": "direct"}
+        config["outbounds"] = OUTBOUNDS
+        instance.start(config)
+        assert asked(instance) == [f"udp://{plan.UPSTREAM4}:53"]
+        assert set(lookup(lab, f"@{plan.UPSTREAM4}", "direct.test")) == {plan.DIRECT4}
+
+        path.write_text(f"nameserver {plan.RESOLVER_ELSEWHERE4}\n")
+        lab.gateway.ip("address add 10.20.0.77/24 dev wan0")
+        assert wait_until(lambda: asked(instance) == [f"udp://{plan.RESOLVER_ELSEWHERE4}:53"], 15), asked(instance)
+        path.write_text("# no network, no server\n")
+        lab.gateway.ip("address del 10.20.0.77/24 dev wan0")
+        assert page(lab, "http://direct.test/", "-4", "--resolve", f"direct.test:80:{plan.DIRECT4}")
+        assert asked(instance) == [f"udp://{plan.RESOLVER_ELSEWHERE4}:53"]
+        assert instance.stop() == 0
+        path.write_text(first)
 
 
 def test_queries_go_past_when_they_are_not_to_be_taken(lab: Lab) -> None:

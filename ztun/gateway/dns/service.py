@@ -122,6 +122,10 @@ class DnsService:
         """The network is another: servers that did not answer are asked in their turn again."""
         self._resolver.forgive()
 
+    async def replace_servers(self, servers: Sequence[str]) -> None:
+        """Ask these upstream servers from now on, URLs as in `dns.servers`. Raises ConfigError."""
+        await self._resolver.replace_servers(parse_servers(servers))
+
     async def close(self) -> None:
         """Stop listening, give up what is under way, close all sockets. Idempotent."""
         listeners, self._listeners = self._listeners, []

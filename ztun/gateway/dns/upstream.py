@@ -161,6 +161,16 @@ class Resolver:
         """Whether there is a server to ask."""
         return any(_is_in(scope, each.server) for each in self._upstreams)
 
+    async def replace_servers(self, servers: Sequence[Server]) -> None:
+        """Ask these from now on. What is known of those that stay is kept, answers that were cached too."""
+        former = {each.server: each for each in self._upstreams}
+        self._upstreams = [
+            former.pop(server) if server in former else _Upstream(server, self._make_transport(server))
+            for server in dict.fromkeys(servers)
+        ]
+        for upstream in former.values():
+            await upstream.transport.close()
+
     async def close(self) -> None:
         for task in list(self._in_flight.values()):
             task.cancel()
