@@ -9,7 +9,8 @@ Each line of stdin is a request, {"argv", "phase", "at", "signal", "output", "co
 the call before which the signal comes, 0 for never; compiled: take the BPF programs that were compiled here once; ids:
 what else the process had of bpf(2).
 
-On SIGUSR1 a callback of the event loop raises an exception, on SIGUSR2 one that ends the loop.
+On SIGUSR1 a callback of the event loop raises an exception, on SIGUSR2 one that ends the loop. On SIGRTMIN the process
+has no memory from then on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import asyncio
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -175,6 +177,7 @@ def _run(request: dict[str, Any], path: Path) -> None:
     sys.addaudithook(counter.hook)
     signal.signal(signal.SIGUSR1, lambda *_: asyncio.get_running_loop().call_soon(_fail))
     signal.signal(signal.SIGUSR2, lambda *_: asyncio.get_running_loop().call_soon(sys.exit, 3))
+    signal.signal(signal.SIGRTMIN, lambda *_: _starve())
     code = 70
     try:
         sys.argv = ["ztun", *request["argv"]]
@@ -189,6 +192,20 @@ def _run(request: dict[str, Any], path: Path) -> None:
 
 def _fail() -> None:
     raise RuntimeError("nobody expected this")
+
+
+_ballast: list[bytearray] = []
+
+
+def _starve() -> None:
+    """Forbid more memory than there is, and take what there is."""
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 20, 1 << 20))
+    for size in (1 << 20, 1 << 16, 1 << 12, 1 << 10):
+        try:
+            while True:
+                _ballast.append(bytearray(size))
+        except MemoryError:
+            pass
 
 
 def _count_what_has_no_audit_event(counter: Counter) -> None:

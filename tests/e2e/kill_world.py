@@ -21,6 +21,7 @@ from ztun.platform.linux.bpfcall import attributes, bpf
 
 CLIENT4, UPSTREAM4, TUNNELLED4 = "10.9.0.2", "10.8.0.2", "203.0.113.10"
 CLIENT6, UPSTREAM6 = "fd00:9::2", "fd00:8::2"
+GATEWAY4 = "10.8.0.1"
 PORT = 80
 LIMIT = 10.0  # seconds, for machines that do other things too; what it took is returned
 _GET_FD_BY_ID = {"prog": 13, "map": 14, "link": 30}  # bpf(2): BPF_PROG_GET_FD_BY_ID and so on
@@ -117,7 +118,8 @@ class KillWorld:
             server.listen(64)
             server.setblocking(False)
             self._servers[family] = server
-        proxy = self.upstream.spawn("microsocks", "-p", "1080", stderr=subprocess.DEVNULL)
+        limits = ("prlimit", "--nofile=16384")
+        proxy = self.upstream.spawn(*limits, "microsocks", "-p", "1080", stderr=subprocess.DEVNULL)
         self._stack.callback(proxy.wait)
         self._stack.callback(proxy.kill)
         with (self.directory / "launcher").open("ab") as errors:
@@ -149,9 +151,16 @@ class KillWorld:
         self._launcher.stdin.write(json.dumps(request) + "\n")
         self._launcher.stdin.flush()
         ended: list[Run] = []
-        yield int(self._answer()["pid"]), ended
-        answer = self._answer()
-        ended.append(Run(answer["status"], answer["count"], [(kind, number) for kind, number in answer["ids"]]))
+        pid = int(self._answer()["pid"])
+        try:
+            yield pid, ended
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            raise
+        finally:
+            answer = self._answer()
+            ended.append(Run(answer["status"], answer["count"], [(kind, number) for kind, number in answer["ids"]]))
 
     def run(self, *argv: str, at: int = 0) -> Run:
         """The same, to its end."""
@@ -208,6 +217,14 @@ class KillWorld:
                 return str(peer.getpeername()[0])
         except OSError:
             return None
+
+    def accept_all(self) -> list[socket.socket]:
+        """What has connected to the upstream host by IPv4 and was not accepted yet."""
+        accepted = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                accepted.append(self._servers[socket.AF_INET].accept()[0])
+        return accepted
 
     def time_until(self, source: Namespace, address: str, seen: str | None) -> float:
         """Seconds until the upstream host sees `seen` when `source` connects. Raises AssertionError after LIMIT."""

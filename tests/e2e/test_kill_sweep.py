@@ -21,6 +21,7 @@ import pytest
 from e2e.kill_world import (
     CLIENT4,
     CLIENT6,
+    GATEWAY4,
     TUNNELLED4,
     UPSTREAM4,
     UPSTREAM6,
@@ -38,7 +39,6 @@ BACKENDS = ("tcx", "clsact", "routes")
 SPREAD = {"start": 34, "run": 8, "stop": 22, "sweep": 8}
 LANES = 2
 REAL = 4  # of each backend: fresh processes, killed from outside, at random times
-GATEWAY4 = "10.8.0.1"
 
 
 class Point(NamedTuple):
