@@ -45,31 +45,35 @@ OUTBOUNDS: list[dict[str, Any]] = [
 BASE: dict[str, Any] = {"route": {"rules": RULES}, "outbounds": OUTBOUNDS, "timeouts": {"dial": 3, "drain": 0.2}}
 
 
+BACKENDS = ("tcx", "clsact", "routes")
+
+
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
     with Lab() as made:
         yield made
 
 
-@pytest.fixture(scope="module", params=["tcx", "clsact"])
-def backend(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(lab: Lab, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Once for each way of capturing: gateways that are started meanwhile, and say nothing else, capture by it."""
+    lab.stop()
+    lab.backend = request.param
+    yield lab.backend
+    lab.backend = "auto"
 
 
 @pytest.fixture
 def ztun(lab: Lab, backend: str) -> Ztun:
-    """A gateway on RULES, once for each way of hooking BPF in."""
-    instance = _running_on_rules(lab)
-    if instance is None or instance.routes()["backend"] != backend:
-        instance = start(lab, {"capture": {"backend": backend}, **BASE})
+    """A gateway on RULES, once for each way of capturing."""
+    instance = _running_on_rules(lab) or start(lab, BASE)
     assert instance.routes()["backend"] == backend
     return instance
 
 
 @pytest.fixture
 def any_ztun(lab: Lab) -> Ztun:
-    """A gateway on RULES, hooked in somehow: for what does not depend on that."""
+    """A gateway on RULES. It captures somehow, unless the module asks for `backend` as well."""
     return _running_on_rules(lab) or start(lab, BASE)
 
 

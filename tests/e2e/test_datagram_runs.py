@@ -13,6 +13,8 @@ import pytest
 
 from ztun.lab import Lab, Namespace, Ztun, plan
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 UDP_SEGMENT, UDP_GRO = 103, 104  # linux/udp.h
 SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 PORT = 7009  # of the servers made here

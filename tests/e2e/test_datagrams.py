@@ -10,6 +10,8 @@ from e2e.traffic import ask_udp
 from ztun.lab import Lab, Ztun, plan
 from ztun.lab.servers import LARGEST_DATAGRAM, SOCKS_UDP
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 @pytest.mark.parametrize("address", [plan.SITE4, plan.SITE6], ids=["v4", "v6"])
 @pytest.mark.parametrize("size", [0, 1, 1200, 1452, 1473, 8000, LARGEST_DATAGRAM])

@@ -35,12 +35,12 @@ def test_proxied_name_gets_a_fake_ip_whoever_is_asked(lab: Lab, ztun: Ztun, reso
 
 @RESOLVERS
 @TRANSPORTS
-def test_direct_name_gets_its_real_address(lab: Lab, any_ztun: Ztun, resolver: str, transport: str) -> None:
+def test_direct_name_gets_its_real_address(lab: Lab, ztun: Ztun, resolver: str, transport: str) -> None:
     assert lab.dig(f"@{resolver}", transport, "direct.test", "A") == plan.DIRECT4
     assert lab.dig(f"@{resolver}", transport, "direct.test", "AAAA") == plan.DIRECT6
 
 
-def test_resolvers_address_that_nobody_has_works_all_the_same(lab: Lab, any_ztun: Ztun) -> None:
+def test_resolvers_address_that_nobody_has_works_all_the_same(lab: Lab, ztun: Ztun) -> None:
     assert ipaddress.ip_address(lab.dig("@192.0.2.53", "site.test")) in FAKE4
 
 
@@ -68,7 +68,7 @@ def test_pointer_of_a_real_address_comes_from_upstream(lab: Lab, any_ztun: Ztun)
     assert lab.dig("-x", plan.DIRECT4) == "direct.test."
 
 
-def test_https_record_of_a_proxied_name_is_empty_and_of_a_direct_name_real(lab: Lab, any_ztun: Ztun) -> None:
+def test_https_record_of_a_proxied_name_is_empty_and_of_a_direct_name_real(lab: Lab, ztun: Ztun) -> None:
     # With an ipv4hint in it a browser would go around the Fake-IP.
     answer = lab.client.run("dig", "site.test", "HTTPS").stdout
     assert "status: NOERROR" in answer
@@ -78,7 +78,7 @@ def test_https_record_of_a_proxied_name_is_empty_and_of_a_direct_name_real(lab: 
 
 @pytest.mark.parametrize("name", ["blocked.test", "telemetry.test", "x.telemetry.bulk.test"])
 @TRANSPORTS
-def test_blocked_name_does_not_exist(lab: Lab, any_ztun: Ztun, name: str, transport: str) -> None:
+def test_blocked_name_does_not_exist(lab: Lab, ztun: Ztun, name: str, transport: str) -> None:
     for type in ("A", "AAAA", "HTTPS"):
         assert "status: NXDOMAIN" in lab.client.run("dig", transport, name, type).stdout
 
@@ -138,6 +138,7 @@ def test_malformed_message_is_dropped_or_refused_and_harms_nobody(
     assert lab.dig("site.test")
 
 
+@pytest.mark.usefixtures("backend")
 def test_hijack_can_be_switched_off(lab: Lab) -> None:
     rules = [{"domain_suffix": ["test"], "outbound": "socks"}]
     start(lab, {"dns": {"hijack": False}, "route": {"rules": rules}})
@@ -145,6 +146,7 @@ def test_hijack_can_be_switched_off(lab: Lab) -> None:
     assert ipaddress.ip_address(lab.dig("site.test")) in FAKE4
 
 
+@pytest.mark.usefixtures("backend")
 @TRANSPORTS
 def test_a_rule_with_the_target_dns_answers_on_any_port(lab: Lab, transport: str) -> None:
     rules = [

@@ -13,6 +13,8 @@ from e2e.traffic import read_all, read_exactly, start
 from ztun.lab import Lab, plan
 from ztun.lab.namespace import wait_until
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 _PORT = 1099
 _BANNER = b"that is all\n"
 _GRANTED = b"\x05\x00\x00\x01\x00\x00\x00\x00\x00\x00"

@@ -65,7 +65,7 @@ def test_a_direct_country_never_meets_the_tun(
         assert lab.page(url(address))["client"] == client
     destination = ipaddress.ip_address(address).packed
     assert [packet.hex() for packet in packets if destination in packet[:40]] == []
-    table = "prefixes6" if ":" in address else "prefixes4"
-    (entries,) = (one["entries"] for one in instance.routes()["maps"] if one["name"] == table)
-    (entry,) = [one for one in entries if one["verdict"] == "direct" and one["rule"] == 0]
-    assert entry["hits"] >= 5
+    entries = [one for table in instance.routes()["maps"] for one in table["entries"] if one.get("rule") == 0]
+    (entry,) = [one for one in entries if "prefix" in one and (":" in one["prefix"]) == (":" in address)]
+    assert entry["verdict"] == "direct"
+    assert backend == "routes" or entry["hits"] >= 5  # the kernel counts no packets for a route

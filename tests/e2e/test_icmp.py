@@ -12,6 +12,8 @@ from e2e.traffic import ask_udp
 from ztun.lab import Lab, Ztun, plan
 from ztun.lab.namespace import wait_until
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 _IP_RECVERR, _IPV6_RECVERR = 11, 25  # linux/in.h, linux/in6.h
 _SCTP = 132  # a protocol that no proxy carries
 

@@ -22,8 +22,8 @@ _STUCK_PORT = 7100  # a server that accepts and never reads
 
 
 @pytest.fixture(scope="module")
-def limited(lab: Lab) -> Ztun:
-    """A gateway with room for very little."""
+def limited(lab: Lab, backend: str) -> Ztun:
+    """A gateway with room for very little, once for each way of capturing."""
     limits = {
         "tcp_flows": 7, "tcp_flows_per_source": 4, "half_open_per_source": 2,
         "udp_sessions": 5, "udp_sessions_per_source": 3, "memory": _MIB,

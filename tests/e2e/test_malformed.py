@@ -12,6 +12,8 @@ import pytest
 from ztun.lab import Lab, Ztun, plan
 from ztun.lab.namespace import wait_until
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 _SOURCE, _SITE = (socket.inet_aton(address) for address in (plan.CLIENT4, plan.SITE4))
 _SYN = struct.pack("!HHIIBBHHH", 40000, 80, 1, 0, 5 << 4, 0x02, 65535, 0, 0)
 

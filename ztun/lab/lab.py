@@ -58,6 +58,7 @@ class Lab:
         self._servers: dict[str, Server] = {}
         self._ztuns: list[Ztun] = []
         self._handlers: dict[int, Any] = {}
+        self.backend = "auto"  # capture.backend of runs whose configuration has none
 
     def __enter__(self) -> Self:
         _sweep()
@@ -102,7 +103,7 @@ class Lab:
         """
         instance = Ztun(self.gateway, self.directory / f"ztun-{len(self._ztuns)}")
         self._ztuns.append(instance)
-        instance.start(complete(config or {}, instance.directory), **options)
+        instance.start(complete(config or {}, instance.directory, self.backend), **options)
         return instance
 
     def running(self) -> list[Ztun]:
