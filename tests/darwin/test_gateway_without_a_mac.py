@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from e2e.conftest import BASE, OUTBOUNDS
-from e2e.traffic import ask_udp, download, echo_flow, upload
+from e2e.traffic import ask_udp, download, echo_flow, read_all, upload
 
 from darwin.conftest import UTUN, DarwinLab, ZtunAsDarwin
 from ztun.lab import plan
@@ -32,6 +32,7 @@ EVERYTHING: dict[str, Any] = {
         "rules": [
             {"ip_cidr": [plan.DIRECT4, plan.DIRECT6], "outbound": "direct"},
             {"ip_cidr": [plan.BLOCKED4, plan.BLOCKED6], "outbound": "block"},
+            {"domain": ["shared.test"], "outbound": "direct"},
         ],
         "default": "socks-udp",
     },
@@ -120,6 +121,20 @@ def test_what_is_direct_is_carried_by_a_socket_of_ours(lab: DarwinLab, everythin
     assert everything.routes()["counters"]["direct"]["packets"] > before
 
 
+def test_a_direct_name_is_direct_though_its_address_comes_by_the_routes(
+    lab: DarwinLab, everything: ZtunAsDarwin
+) -> None:
+    """No rule speaks of its address, which goes to the proxy for who does not ask for the name."""
+    with lab.client.connect(plan.SHARED4, plan.HTTP_PORT) as sock:
+        sock.sendall(b"GET / HTTP/1.0\r\nHost: x\r\n\r\n")
+        assert plan.UPSTREAM4.encode() in read_all(sock)
+    assert lab.dig("shared.test") == plan.SHARED4
+    assert lab.page("http://shared.test/", "-4")["client"] == plan.GATEWAY_WAN4
+    learned = next(one for one in everything.routes()["maps"] if one["name"] == "learned4")["entries"]
+    assert [(one["address"], one["verdict"]) for one in learned] == [(plan.SHARED4, "direct")]
+    assert learned[0]["hits"] > 3
+
+
 def test_own_sockets_do_not_come_back_by_the_routes(lab: DarwinLab, everything: ZtunAsDarwin) -> None:
     """Half of the addresses each go into the utun, that of the proxy too; only bound sockets get out."""
     destinations = {route["destination"] for route in everything.routes()["routes"]}
@@ -168,7 +183,7 @@ def test_this_hosts_own_names_and_traffic(lab: DarwinLab) -> None:
     config = {
         **BASE,
         "tun": {"name": "utun"},  # one that is free, the default on macOS
-        "capture": {"host": True},
+        "capture": {"host": True, "lan": []},
         "route": {"rules": [{"domain_suffix": ["site.test"], "outbound": "socks"}, *BASE["route"]["rules"]]},
     }
     instance = _started(lab, config)
