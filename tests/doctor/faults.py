@@ -130,6 +130,12 @@ FAULTS = [
     Fault("foreign-xdp", "warning", ("somebody on lan0", "capture.xdp"), provoke=foreign_xdp),
     Fault("ip-rules", "warning", ("100 (ipv4) to table 77",), ROUTES, ("ip rule add priority 100 table 77",)),
     Fault("lan", "warning", ("lan7 absent", "wan0"), {"capture": {"lan": ["lan7"]}}),
+    Fault(
+        "lan",
+        "problem",
+        ("lan0 is a port of br0", "capture br0"),
+        commands=("ip link add br0 type bridge", "ip link set lan0 master br0"),
+    ),
     Fault("lan", "warning", ("lan0 down", "ip link set"), commands=("ip link set lan0 down",)),
     Fault("lan", "warning", ("without carrier",), commands=("ip link set lan0peer down",)),
     Fault("lan", "warning", ("nothing is captured", "--lan"), {"capture": {"lan": []}}),

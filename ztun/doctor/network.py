@@ -20,6 +20,10 @@ def check_lan(scene: Scene) -> Finding:
         if scene.settings.capture.host:
             return ok("lan", "no LAN, this host's own traffic alone")
         return warning("lan", "nothing is captured", "set capture.lan, or give --lan IFACE")
+    ports = {ifname: scene.links[ifname]["bridge"] for ifname in scene.present() if scene.links[ifname]["bridge"]}
+    if ports:
+        detail = ", ".join(f"{ifname} is a port of {bridge}" for ifname, bridge in ports.items())
+        return problem("lan", f"{detail}, by which its packets come in", f"capture {', '.join(set(ports.values()))}")
     absent = [ifname for ifname in scene.lan if ifname not in scene.links]
     down = [ifname for ifname in scene.present() if not scene.links[ifname]["up"]]
     idle = [ifname for ifname in scene.present() if ifname not in down and not scene.links[ifname]["carrier"]]

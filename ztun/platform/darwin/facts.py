@@ -68,7 +68,7 @@ def rp_filter(ifname: str) -> int | None:
 
 def links() -> dict[str, dict[str, Any]]:
     """Interfaces by name. Their state and MTU are not looked at: up, and of the usual size."""
-    return {name: {"up": True, "carrier": True, "mtu": 1500, "kind": None} for _, name in socket.if_nameindex()}
+    return {name: {"up": True, "carrier": True, "mtu": 1500, "bridge": ""} for _, name in socket.if_nameindex()}
 
 
 def routes() -> list[Route]:

@@ -9,7 +9,7 @@ import platform
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
@@ -143,19 +143,22 @@ def rp_filter(ifname: str) -> int | None:
 
 
 def links() -> dict[str, dict[str, Any]]:
-    """Interface -> {"up", "carrier", "mtu", "kind"}; kind: "tun", "veth", …, None for hardware."""
+    """Interface -> {"up", "carrier", "mtu", "bridge"}; bridge: the one it is a port of, else ""."""
 
     def read(ip: Any) -> dict[str, dict[str, Any]]:
-        found = {}
-        for link in ip.get_links():
-            info = netlink.attribute(link, "IFLA_LINKINFO")
-            found[netlink.attribute(link, "IFLA_IFNAME")] = {
-                "up": bool(link["flags"] & 0x1),
-                "carrier": bool(link["flags"] & 0x40),
-                "mtu": netlink.attribute(link, "IFLA_MTU"),
-                "kind": netlink.attribute(info, "IFLA_INFO_KIND") if info is not None else None,
-            }
-        return found
+        messages = list(ip.get_links())
+        names = {link["index"]: netlink.attribute(link, "IFLA_IFNAME") for link in messages}
+        return {names[link["index"]]: describe(link, names) for link in messages}
+
+    def describe(link: Any, names: Mapping[int, str]) -> dict[str, Any]:
+        info = netlink.attribute(link, "IFLA_LINKINFO")
+        is_port = info is not None and netlink.attribute(info, "IFLA_INFO_SLAVE_KIND") == "bridge"
+        return {
+            "up": bool(link["flags"] & 0x1),
+            "carrier": bool(link["flags"] & 0x40),
+            "mtu": netlink.attribute(link, "IFLA_MTU"),
+            "bridge": names.get(netlink.attribute(link, "IFLA_MASTER"), "") if is_port else "",
+        }
 
     return netlink.run(read)
 
