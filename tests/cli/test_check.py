@@ -35,6 +35,15 @@ def check(tmp_path: Path, content: Any, *options: str) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
 
 
+def test_it_says_of_whom_a_rule_asks(tmp_path: Path) -> None:
+    asked = {"source_mac": "52-54-00-12-34-56", "interface": ["eth1"], "outbound": "block"}
+    done = check(tmp_path, {**GOOD, "route": {"rules": [asked]}})
+    assert "source_mac 52:54:00:12:34:56, interface eth1 -> block" in done.stdout
+    wrong = check(tmp_path, {**GOOD, "route": {"rules": [{**asked, "interface": ["eth9"]}]}})
+    assert wrong.returncode == 2
+    assert "route.rules[0].interface: 'eth9' is not captured; use one of capture.lan: eth1, eth2" in wrong.stderr
+
+
 def test_it_says_what_would_be_done(tmp_path: Path) -> None:
     done = check(tmp_path, GOOD)
     assert done.returncode == 0

@@ -5,7 +5,21 @@ from __future__ import annotations
 import socket
 
 import pytest
-from lan_world import CLIENT4, CLIENT6, FAR4, FAR6, GATEWAY4, SERVER4, World, packed, read_packet
+from lan_world import (
+    CLIENT4,
+    CLIENT6,
+    EVERYTHING,
+    FAR4,
+    FAR6,
+    GATEWAY4,
+    REDIRECT,
+    SERVER4,
+    Bench,
+    World,
+    packed,
+    read_packet,
+    udp,
+)
 
 from ztun.lab.namespace import Namespace, wait_until
 from ztun.platform.linux import neighbours
@@ -80,3 +94,13 @@ def test_a_client_that_moves_is_known_at_its_new_place(world: World, bpf_backend
         speak(world.client, socket.AF_INET, FAR4)
         assert read_packet(device) is not None
         assert classifier.origin(packed(CLIENT4)) == Origin("lan0", bytes.fromhex("525400123456"))
+
+
+def test_without_a_link_layer_there_is_no_mac_address(bench: Bench) -> None:
+    bench.classifier.replace_rules(EVERYTHING)
+    data = udp(CLIENT4, FAR4, 9)
+    sent = bytes(6) + bytes.fromhex("525400123456") + b"\x08\x00" + data
+    assert bench.run(sent) == REDIRECT
+    assert bench.classifier.origin(packed(CLIENT4)) == Origin("lo", bytes.fromhex("525400123456"))
+    assert bench.run(sent, program="capture_l3") == REDIRECT
+    assert bench.classifier.origin(packed(CLIENT4)) == Origin("lo", None)
