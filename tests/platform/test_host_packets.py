@@ -7,6 +7,8 @@ import struct
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lan_world import EVERYTHING, FAR4, FAR6, GO_ON, MARK, REDIRECT, SHOT, Bench, frame, packed, packet, prefix
 
 from ztun.platform.linux.layout import U32
@@ -233,3 +235,74 @@ def test_nobody_becomes_a_client_with_an_address_of_ours(host: Bench, own: str, 
     assert host.run(frame(udp(own, far))) == SHOT
     assert host.counted() == {"drop": 1, "drop_bad_source": 1}
     assert host.classifier.origin(packed(own)) is None
+
+
+class Model:
+    """What should happen, in the fewest words: sets of what was captured and of who knocked."""
+
+    def __init__(self, tunnelled: set[str]) -> None:
+        self.tunnelled = tunnelled
+        self.captured: set[tuple[str, int, int]] = set()
+        self.knocked: set[tuple[str, int, int]] = set()
+
+    def leave(self, kind: str, peer: str, local: int, remote: int) -> int:
+        flow = (peer, local, remote)
+        if kind == "syn":
+            (self.captured.add if peer in self.tunnelled else self.captured.discard)(flow)
+        if kind in ("syn", "ack"):
+            return REDIRECT if flow in self.captured else GO_ON
+        if kind == "udp":
+            return REDIRECT if peer in self.tunnelled and flow not in self.knocked else GO_ON
+        return REDIRECT if kind == "echo" and peer in self.tunnelled else GO_ON
+
+
+PEERS4, PEERS6 = [f"203.0.113.{n}" for n in (1, 2, 3)], [f"2001:db8::{n}" for n in (1, 2, 3)]
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["syn", "ack", "udp", "echo", "answer", "knock", "rules"]),
+        st.sampled_from([*PEERS4, *PEERS6]),
+        st.sampled_from([40000, 40001]),
+        st.sampled_from([80, 443]),
+    ),
+    max_size=40,
+)
+
+
+def outgoing(kind: str, peer: str, local: int, remote: int) -> bytes:
+    own = OWN6 if ":" in peer else OWN4
+    if kind in ("syn", "ack"):
+        return tcp(own, peer, SYN if kind == "syn" else ACK, sport=local, dport=remote)
+    if kind == "udp":
+        return udp(own, peer, sport=local, dport=remote)
+    return icmp(own, peer, *((8, 128) if kind == "echo" else (0, 129)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps, st.sets(st.sampled_from([*PEERS4, *PEERS6])))
+def test_any_conversation_goes_as_the_model_says(said: list[tuple[str, str, int, int]], tunnelled: set[str]) -> None:
+    host = make()
+    try:
+        model = Model(tunnelled)
+        write_rules(host, tunnelled)
+        for kind, peer, local, remote in said:
+            if kind == "rules":  # the other way round for this peer
+                model.tunnelled = model.tunnelled ^ {peer}
+                write_rules(host, model.tunnelled)
+            elif kind == "knock":
+                model.knocked.add((peer, local, remote))
+                arrive(host, udp(peer, OWN6 if ":" in peer else OWN4, sport=remote, dport=local))
+            else:
+                found = leave(host, outgoing(kind, peer, local, remote))
+                assert found == model.leave(kind, peer, local, remote)
+    finally:
+        host.close()
+
+
+def write_rules(host: Bench, tunnelled: set[str]) -> None:
+    host.classifier.replace_rules(
+        [
+            prefix("0.0.0.0/0", Verdict.DIRECT, 0),
+            prefix("::/0", Verdict.DIRECT, 0),
+            *(prefix(f"{one}/{len(packed(one)) * 8}", Verdict.TUNNEL, 1) for one in tunnelled),
+        ]
+    )
