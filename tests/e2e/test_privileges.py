@@ -72,6 +72,7 @@ def seen_as(lab: Lab, address: str = plan.SITE4) -> str | None:
 def goes_on(lab: Lab, instance: Ztun, backend: str) -> None:
     """What asks for rights after the start: all of it still works."""
     assert instance.status()["backend"] == backend
+    attached = programs(instance)
     assert seen_as(lab) == plan.UPSTREAM4
     assert lab.page("http://site.test/")["client"] in (plan.UPSTREAM4, plan.UPSTREAM6)  # a store write, map updates
     assert seen_as(lab, f"[{plan.DIRECT6}]") == plan.CLIENT6
@@ -90,6 +91,12 @@ def goes_on(lab: Lab, instance: Ztun, backend: str) -> None:
     assert wait_until(lambda: verdict_of(instance, f"{plan.SITE4}/32") == "direct")
     lab.gateway.ip("address del 10.10.0.9/24 dev lan0", f"address del {plan.SITE4}/32 dev lan0")
     assert wait_until(lambda: seen_as(lab) == plan.UPSTREAM4)
+    assert wait_until(lambda: programs(instance) == attached), (programs(instance), attached)
+
+
+def programs(instance: Ztun) -> set[tuple[str, str, str]]:
+    """What is attached where: tc and XDP."""
+    return {(each["name"], each["hook"], each["ifname"]) for each in instance.routes()["programs"]}
 
 
 def verdict_of(instance: Ztun, prefix: str) -> str | None:
@@ -104,6 +111,8 @@ def test_root_keeps_two_capabilities_and_goes_on_with_them(lab: Lab, backend: st
     instance = start(lab, {**BASE, "capture": {"backend": backend}})
 
     assert set(instance.status()["privileges"]["capabilities"]) == KEPT
+    shown = instance.command("status", "--socket", str(instance.socket_path)).stdout
+    assert "rights user 0, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN" in shown
     # In every thread, none left for programs that it would run, and no way to others.
     kept = f"{1 << 12 | 1 << 10:016x}"
     nothing = {"CapInh": {"0" * 16}, "CapBnd": {"0" * 16}, "CapAmb": {"0" * 16}, "NoNewPrivs": {"1"}}

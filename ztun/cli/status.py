@@ -22,6 +22,8 @@ def show_status(status: Mapping[str, Any]) -> None:
         console.print(line, style="yellow", soft_wrap=True)
     if status.get("network"):
         console.print(_network_line(status["network"]), soft_wrap=True)
+    if status.get("privileges"):
+        console.print(_rights_line(status["privileges"]), soft_wrap=True)
     for name in _SECTIONS:
         section = status.get(name)
         if section:
@@ -78,6 +80,13 @@ def _first_line(status: Mapping[str, Any]) -> Text:
     if "pid" in status:
         parts.append(f", pid {status['pid']}")
     return Text.assemble(*parts)
+
+
+def _rights_line(privileges: Mapping[str, Any]) -> str:
+    """`rights user 0, CAP_NET_ADMIN`: what was not given up."""
+    held = privileges.get("capabilities")
+    said = "no capabilities" if held == [] else ", ".join(held) if held is not None else "all of its user"
+    return f"rights user {privileges['user']}, {said}"
 
 
 def _network_line(network: Mapping[str, Any]) -> Text:
