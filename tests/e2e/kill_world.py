@@ -253,11 +253,13 @@ def bpf_exists(kind: str, number: int) -> bool:
     return True
 
 
-def configuration(directory: Path, backend: str, *, fail: str = "open", tun: str = "ztun0") -> dict[str, Any]:
+def configuration(
+    directory: Path, backend: str, *, fail: str = "open", tun: str = "ztun0", host: bool = False
+) -> dict[str, Any]:
     """Two LAN interfaces; a prefix that is tunnelled, one that is blocked, the rest direct."""
     return {
         "tun": {"name": tun},
-        "capture": {"lan": ["lan0", "lan1"], "backend": backend, "fail": fail},
+        "capture": {"lan": ["lan0", "lan1"], "backend": backend, "fail": fail, "host": host},
         "dns": {"listen": ["10.9.0.1:53"], "servers": ["udp://10.8.0.2:53"], "fake_ip": {"store": None}},
         "outbounds": [{"tag": "proxy", "type": "socks5", "server": "10.8.0.2:1080"}],
         "route": {

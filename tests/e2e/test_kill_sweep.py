@@ -83,7 +83,8 @@ class Lane:
     def configured(self, point: Point, fail: str) -> str:
         # Some have another TUN, so that some start on the left-overs of another name.
         tun = "zt1" if point.is_turn(3) else "ztun0"
-        made = configuration(self.world.directory, point.backend, fail=fail, tun=tun)
+        host = not point.is_turn(4)
+        made = configuration(self.world.directory, point.backend, fail=fail, tun=tun, host=host)
         return str(self.world.configure("config", made))
 
     def count(self, backend: str) -> dict[str, int]:
@@ -105,7 +106,7 @@ class Lane:
 
     def check(self, point: Point) -> None:
         """Kill there, look, clean up, compare."""
-        fail = "closed" if point.is_turn(4) else "open"
+        fail = "closed" if point.is_turn(5) else "open"
         path = self.configured(point, fail)
         run = self.kill(point, path)
         self.look(point, fail)
@@ -155,12 +156,14 @@ class Lane:
         if fail == "open" and (point.backend != "clsact" or point.is_turn(2)):
             seconds = world.time_until(world.client, TUNNELLED4, CLIENT4)
             figures.took(f"tunnelled, fail open, {point.backend}", seconds)
+            seconds = world.time_until(world.gateway, TUNNELLED4, GATEWAY4)
+            figures.took(f"the host's own, tunnelled, fail open, {point.backend}", seconds)
         elif fail == "closed" and point.backend != "tcx" and point.phase == "run":
             assert world.reached(world.client, TUNNELLED4) is None
 
     def clean_up(self, point: Point, path: str) -> None:
         world = self.world
-        if not point.is_turn(5):
+        if not point.is_turn(6):
             assert world.run("down", "--config", path).status in (0, 1), world.output()
             return
         world.forget_output()
