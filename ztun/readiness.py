@@ -11,6 +11,7 @@ import structlog
 from ztun import privileges
 from ztun.assembly import Assembly
 from ztun.control.notify import Pulse
+from ztun.defaults import DEFAULTS
 
 log = structlog.get_logger("ztun.app")
 
@@ -46,6 +47,7 @@ def _places(parts: Assembly) -> Iterator[Path]:
     """What is written or removed later: root without CAP_DAC_OVERRIDE has only what is root's."""
     settings = parts.settings
     yield settings.control.socket
+    yield DEFAULTS.control  # the state files are beside it, in a directory that a service with a user of its own may own
     for path in (settings.log.file, settings.dns.fake_ip.store):
         if path is not None:
             yield Path(path)
