@@ -14,7 +14,7 @@ _SECTION = re.compile(r"^## (\d+)\. (.+)$")
 _REASON = re.compile(r"^(differs: \S+(?: \S+){4,}|measured: `python -m (bench\.\w+)`)$")
 _TITLES = [
     "TCP connections", "UDP through SOCKS5", "Graceful shutdown", "Network monitor", "HTTP CONNECT", "Configuration",
-    "Fake-IP and DNS", "Rules", "IPv6", "Pool", "Log system", "Statistics",
+    "Fake-IP and DNS", "Rules", "IPv6", "Pool", "Log system", "Statistics", "The LAN and its neighbours",
 ]  # fmt: skip
 
 
