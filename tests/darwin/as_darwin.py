@@ -7,22 +7,24 @@ environment: ZTUN_TEST_RESOLVER, ZTUN_TEST_RUN; ZTUN_TEST_TRACE is a file that g
 
 from __future__ import annotations
 
+# First of all what looks at sys.platform itself, and has to see the truth.
+import asyncio  # noqa: F401
 import atexit
 import contextlib
+import ctypes  # noqa: F401
 import json
 import os
+import platform  # noqa: F401
 import signal
+import subprocess  # noqa: F401
 import sys
+import tempfile  # noqa: F401
 from pathlib import Path
 
-from darwin.kqueue_stand_in import EpollQueue
-from darwin.stand_in import LinuxStandIn
+import structlog  # noqa: F401
 
 
 def _become_darwin() -> None:
-    here = [name for name in sys.modules if name.startswith("ztun")]
-    for name in here:
-        del sys.modules[name]
     before, sys.platform = sys.platform, "darwin"
     try:
         import ztun.defaults
@@ -33,6 +35,8 @@ def _become_darwin() -> None:
 
 def main() -> int:
     _become_darwin()
+    from darwin.kqueue_stand_in import EpollQueue
+    from darwin.stand_in import LinuxStandIn
     from ztun.platform import darwin
     from ztun.platform.darwin import forwarding, resolver
 

@@ -8,6 +8,7 @@ import plistlib
 import random
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -173,6 +174,22 @@ def test_it_can_be_imported_anywhere() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_nothing_of_the_linux_part_is_loaded_there() -> None:
+    """With the whole application: the choice between the systems is made in one place, and made once."""
+    code = """
+        import sys
+        from darwin import as_darwin
+        as_darwin._become_darwin()
+        import ztun.app, ztun.cli.commands
+        assert sys.modules["ztun.platform"].open_device.__module__ == "ztun.platform.darwin"
+        print([name for name in sys.modules if name.startswith(("ztun.platform.linux", "pyroute2", "bcc"))])
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    argv = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "[]\n"
 
 
 def test_the_defaults_of_macos_are_chosen_in_one_place() -> None:
