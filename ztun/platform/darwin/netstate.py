@@ -73,7 +73,7 @@ def list_addresses(found: Iterable[messages.Message]) -> list[tuple[str, bytes, 
 
 def list_ways(calls: Calls) -> list[Way]:
     """The routes that our own packets may take: those into our utun are left out."""
-    ours = {_index_of(name) for name in opened}
+    ours = {_index_of(name) for name in list(opened)}  # it may change meanwhile: the monitor reads in a thread
     return [way for way in list_routes(calls) if way.ifindex not in ours]
 
 
