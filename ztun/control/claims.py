@@ -102,7 +102,9 @@ class Claims:
             return
         self._held[name] = sock
         if claim.kind == RANGE:
-            _refuse(claim, [one for one in holders() if one.pid != os.getpid() and _overlap(claim, one)])
+            mine = {os.fstat(held.fileno()).st_ino for held in self._held.values()}
+            others = [one for one in _listed() if one.inode not in mine and _overlap(claim, one.kind, one.value)]
+            _refuse(claim, _with_pids(others))
 
     def release(self) -> None:
         """Give all of it back. Idempotent."""
@@ -115,17 +117,17 @@ def conflicts(claims: Iterable[Claim], own: int | None) -> list[str]:
     others, found = [one for one in holders() if one.pid != own], []
     for claim in claims:
         try:
-            _refuse(claim, [one for one in others if one[:2] == claim[:2] or _overlap(claim, one)])
+            _refuse(claim, [one for one in others if one[:2] == claim[:2] or _overlap(claim, one.kind, one.value)])
         except Claimed as problem:
             found.append(str(problem))
     return found
 
 
-def _overlap(claim: Claim, other: Holder) -> bool:
-    if other.kind != RANGE:
+def _overlap(claim: Claim, kind: str, value: str) -> bool:
+    if kind != RANGE:
         return False
     with suppress(ValueError):
-        left, right = ip_network(claim.value), ip_network(other.value)
+        left, right = ip_network(claim.value), ip_network(value)
         return left.version == right.version and left.overlaps(right)
     return False
 
@@ -155,15 +157,33 @@ def _who(pid: int) -> str:
 
 def holders() -> list[Holder]:
     """All claims of this network namespace, our own among them."""
+    return _with_pids(_listed())
+
+
+class _Listed(NamedTuple):
+    """A claim as the kernel lists it. inode: of its socket."""
+
+    kind: str
+    value: str
+    inode: int
+
+
+def _listed() -> list[_Listed]:
     found = []
     with suppress(OSError):
         for line in _TABLE.read_text(errors="surrogateescape").splitlines()[1:]:
             fields = line.split(maxsplit=7)
             if len(fields) == 8 and fields[7].startswith(f"@{_PREFIX}"):
                 kind, _, value = fields[7].removeprefix(f"@{_PREFIX}").partition("/")
-                found.append((kind, value, f"socket:[{fields[6]}]"))
-    pids = _owners({inode for _, _, inode in found}) if found else {}
-    return [Holder(kind, value, pids.get(inode, 0)) for kind, value, inode in found]
+                found.append(_Listed(kind, value, int(fields[6])))
+    return found
+
+
+def _with_pids(listed: Iterable[_Listed]) -> list[Holder]:
+    """Looks at every descriptor of every process, if there is anything to look for."""
+    entries = list(listed)
+    pids = _owners({f"socket:[{entry.inode}]" for entry in entries}) if entries else {}
+    return [Holder(entry.kind, entry.value, pids.get(f"socket:[{entry.inode}]", 0)) for entry in entries]
 
 
 def _owners(inodes: set[str]) -> dict[str, int]:
