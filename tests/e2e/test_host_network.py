@@ -11,7 +11,7 @@ import pytest
 
 from e2e.conftest import BACKENDS
 from e2e.host_programs import await_exits, exits, fetches, lookup, page, start_on_host, url_of
-from e2e.traffic import start
+from e2e.traffic import ask_udp, start
 from ztun.lab import Lab, plan
 from ztun.lab.namespace import wait_until
 
@@ -86,14 +86,36 @@ def test_every_default_route_is_a_way_out(lab: Lab, second_uplink: None) -> None
     await_exits(instance, {"wan0": [6], "wan1": [4]})
 
 
-def test_a_strict_reverse_path_filter_minds_nothing(lab: Lab) -> None:
+# Only answers come in, and only where their questions went; what leaves is masqueraded, as Docker does it.
+FIREWALL = """
+table inet strict {
+    chain input {
+        type filter hook input priority 0; policy drop;
+        iifname { lo, lan0 } accept
+        iifname wan0 ct state established,related accept
+        iifname wan0 icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept
+        iifname ztun0 ct state established accept
+        counter
+    }
+    chain leaving { type nat hook postrouting priority 100; oifname wan0 masquerade; }
+}
+"""
+
+
+def test_a_firewall_and_a_strict_reverse_path_filter_mind_nothing(lab: Lab) -> None:
     lab.stop()
+    lab.gateway.run("nft", "-f", "-", input=FIREWALL)
     lab.gateway.run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=1", "net.ipv4.conf.wan0.rp_filter=1")
     try:
         start_on_host(lab, "tcx")
         assert page(lab, url_of(plan.SITE4))["client"] == plan.UPSTREAM4
+        assert page(lab, url_of(plan.SITE6))["client"] == plan.UPSTREAM6
         assert page(lab, "http://site.test/")["client"] == plan.UPSTREAM4
+        assert page(lab, url_of(plan.DIRECT4))["client"] == plan.GATEWAY_WAN4
+        assert ask_udp(lab.gateway, plan.SITE4, plan.ECHO_PORT, b"through") == b"through"
+        assert lookup(lab, f"@{plan.UPSTREAM4}", "direct.test") == [plan.DIRECT4]
     finally:
+        lab.gateway.run("nft", "delete", "table", "inet", "strict")
         lab.gateway.run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0", "net.ipv4.conf.wan0.rp_filter=0")
 
 
