@@ -178,6 +178,12 @@ def is_unused_qdisc(ip: Any, index: int) -> bool:
     )
 
 
+def with_clsact(ip: Any) -> list[tuple[int, str]]:
+    """Index and name of the interfaces that have a clsact qdisc, ours or another's."""
+    indices = [one["index"] for one in ip.get_qdiscs() if netlink.attribute(one, "TCA_KIND") == "clsact"]
+    return [(index, name) for index in indices if (name := links.name_of(index)) is not None]
+
+
 def has_clsact(ip: Any, index: int) -> bool:
     """Whether an interface has a clsact qdisc."""
     try:

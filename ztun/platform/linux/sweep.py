@@ -38,7 +38,7 @@ def find_leftovers() -> list[str]:
 
     Raises OSError when the kernel does not answer.
     """
-    return _run(lambda ip: [each.line for each in chain(_in_kernel(ip, _owners()), _in_files(ip))])
+    return _run(lambda ip: [each.line for each in chain(_in_kernel(ip, _owners()), _in_files(ip, tell=False))])
 
 
 def recover(device: str) -> list[str]:
@@ -103,8 +103,7 @@ def _in_kernel(ip: Any, owners: _Owners) -> Iterator[Leftover]:
     for table, installed in policy.find_policy(ip).items():
         if table not in tables:
             yield Leftover("; ".join(installed.describe(table)), partial(policy.remove_installed, ip, installed, table))
-    for link in ip.get_links():
-        index, ifname = link["index"], netlink.attribute(link, "IFLA_IFNAME")
+    for index, ifname in hooks.with_clsact(ip):
         for found in hooks.find_filters(ip, index):
             if not owners.owns_filter(index, found):
                 remove = partial(hooks.remove_filters, ip, index, found.device, [found.parent])
@@ -124,11 +123,15 @@ def _unused_qdiscs(ip: Any, own: Journal) -> Iterator[Leftover]:
             own.discard_qdisc(index)
 
 
-def _in_files(ip: Any, adopter: Journal | None = None) -> Iterator[Leftover]:
-    """What the state files of dead instances tell of. adopter: takes their qdiscs over, to be removed later."""
+def _in_files(ip: Any, adopter: Journal | None = None, *, tell: bool = True) -> Iterator[Leftover]:
+    """What the state files of dead instances tell of. adopter: takes their qdiscs over, to be removed later.
+
+    tell: of files that are none of ours.
+    """
     for found in journal.find_all():
         if found.record is None:
-            log.warning("not a state file of ztun's, left alone", file=str(found.path), reason=found.problem)
+            if tell:
+                log.warning("not a state file of ztun's, left alone", file=str(found.path), reason=found.problem)
             continue
         if found.alive:
             continue
