@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pty
 import resource
@@ -141,3 +142,38 @@ def _look_and_sweep(world: KillWorld, path: str) -> None:
     assert world.reached(world.client, UPSTREAM4) == CLIENT4
     world.time_until(world.client, TUNNELLED4, CLIENT4)
     assert world.run("down", "--config", path).status == 0, world.output()
+
+
+def test_down_without_an_instance_says_what_it_removed(world: KillWorld) -> None:
+    path = configured(world, "routes")
+    with world.launched("up", "--config", path) as (pid, _):
+        world.await_up(pid)
+        os.kill(pid, signal.SIGKILL)
+    left = json.loads(world.gateway.run(*command("routes", "--config", path, "--json"), check=False).stdout)[
+        "leftovers"
+    ]
+    assert any(line.startswith("sysctl ipv4.conf.lan1.forwarding") for line in left)
+
+    done = world.gateway.run(*command("down", "--config", path, "--json"))
+
+    answer = json.loads(done.stdout)
+    assert answer["state"] == "not running"
+    assert [line for line in answer["removed"] if line.startswith("sysctl")] == [
+        line for line in left if line.startswith("sysctl")
+    ]
+    assert any(line.startswith("ip rule") for line in answer["removed"])
+    again = world.gateway.run(*command("down", "--config", path), check=False)
+    assert (again.returncode, again.stdout) == (1, "")
+    assert again.stderr.startswith("ztun: not running")
+
+
+def test_down_leaves_another_instance_alone(world: KillWorld) -> None:
+    path = configured(world, "clsact")
+    with world.launched("up", "--config", path) as (pid, ended):
+        world.await_up(pid)
+        elsewhere = str(world.directory / "nobody.sock")
+        done = world.gateway.run(*command("down", "--socket", elsewhere), check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        world.time_until(world.client, TUNNELLED4, TUNNELLED4)
+        os.kill(pid, signal.SIGTERM)
+    assert ended[0].status == 0, world.output()
