@@ -15,6 +15,7 @@ _REASON = re.compile(r"^(differs: \S+(?: \S+){4,}|measured: `python -m (bench\.\
 _TITLES = [
     "TCP connections", "UDP through SOCKS5", "Graceful shutdown", "Network monitor", "HTTP CONNECT", "Configuration",
     "Fake-IP and DNS", "Rules", "IPv6", "Pool", "Log system", "Statistics", "The LAN and its neighbours",
+    "Without BPF, and XDP",
 ]  # fmt: skip
 
 
