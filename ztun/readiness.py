@@ -47,7 +47,7 @@ def _places(parts: Assembly) -> Iterator[Path]:
     """What is written or removed later: root without CAP_DAC_OVERRIDE has only what is root's."""
     settings = parts.settings
     yield settings.control.socket
-    yield DEFAULTS.control  # the state files are beside it, in a directory that a service with a user of its own may own
+    yield DEFAULTS.control  # the state files are beside it, maybe in the directory of a service's own user
     for path in (settings.log.file, settings.dns.fake_ip.store):
         if path is not None:
             yield Path(path)
