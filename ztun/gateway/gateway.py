@@ -238,7 +238,7 @@ class Gateway:
             self._stack.drop("tcp-limit-descriptors")
             times = self._failures[Failure.EXHAUSTED.value]
             if times & (times - 1) == 0:  # at 1, 2, 4, 8 …
-                log.warning("no descriptors are left for new flows", times=times, remedy="raise the limit of open files")
+                log.warning("no descriptors are left for new flows", times=times, remedy="raise its limit (ulimit -n)")
         conn, route = flow.conn, flow.route
         flow_log.refused(
             "tcp",
