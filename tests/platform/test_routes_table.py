@@ -6,6 +6,7 @@ import random
 import socket
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 from lan_world import TUN, World, prefix
@@ -123,6 +124,14 @@ def test_what_the_kernel_refuses_is_told_with_its_reason(world: World) -> None:
         world.gateway.ip(f"link set {TUN} down")
         with pytest.raises(ZtunError, match=f"cannot change routes of {TUN}: ENETDOWN"):
             classifier.replace_rules([prefix("203.0.113.0/24", Verdict.TUNNEL, 1)])
+
+
+def test_without_ipv6_there_are_no_routes_of_it(world: World) -> None:
+    with world.running("routes") as (_, classifier):
+        Path("/proc/sys/net/ipv6/conf", TUN, "disable_ipv6").write_text("1")
+        both = [prefix("203.0.113.0/24", Verdict.TUNNEL, 1), prefix("2001:db8::/32", Verdict.TUNNEL, 1)]
+        classifier.replace_rules(both)
+        assert show(world) == {("unicast", "203.0.113.0/24", TUN)}
 
 
 def test_deleting_what_is_not_there_is_no_error(world: World) -> None:

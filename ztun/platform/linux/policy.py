@@ -106,11 +106,13 @@ class RoutesClassifier:
         """Nothing to do: the kernel looks its own addresses up before any of our rules (table local)."""
 
     def _synchronise(self, keys: Iterable[Key]) -> None:
-        wanted = {key: self._learned.get(key) or self._prefixes.get(key) for key in keys}
+        sizes = [4, 16] if socket.AF_INET6 in self._families() else [4]
+        wanted = {
+            key: self._learned.get(key) or self._prefixes.get(key) if len(key[0]) in sizes else None for key in keys
+        }
         changes = {key: entry for key, entry in wanted.items() if self._installed.get(key) != entry}
         if not changes:
             return
-
         added, removed = [], []
         for key, entry in changes.items():
             now = set(self._routes_of(key, entry))
