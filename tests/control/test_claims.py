@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ipaddress import ip_network
 
 import pytest
 
@@ -161,9 +160,12 @@ def test_what_settings_need() -> None:
     ]
 
 
-def test_the_remedy_for_the_default_range_is_one_that_works() -> None:
-    by_default = {claim.key: claim for claim in claims_of(settings_from_proxy("socks5://192.0.2.1:1080", ["eth1"]))}
-    remedy = by_default["dns.fake_ip.range"].remedy
-    assert remedy == "give each a range of its own, as 198.18.0.0/16 and 198.19.0.0/16"
-    assert not ip_network("198.18.0.0/16").overlaps(ip_network("198.19.0.0/16"))
+@pytest.mark.parametrize(("one", "two"), [("198.18.0.0/15", "198.19.0.0/16"), ("198.19.0.0/16", "198.18.0.0/15")])
+def test_the_remedy_is_one_that_works_for_both(one: str, two: str) -> None:
+    with other(f"{RANGE}={one}"), pytest.raises(Claimed, match=r"of its own, as 198.18.0.0/16 and 198.19.0.0/16$"):
+        Claims().acquire([fake(two)])
+
+
+def test_by_default_the_addresses_for_dns_are_left_to_the_kernel() -> None:
+    by_default = [claim.key for claim in claims_of(settings_from_proxy("socks5://192.0.2.1:1080", ["eth1"]))]
     assert "dns.listen" not in by_default

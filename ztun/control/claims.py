@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,8 +25,6 @@ _PREFIX = "ztun/1/"
 _LONGEST = 107  # bytes of sun_path behind the zero that makes a name abstract
 _TABLE = Path("/proc/thread-self/net/unix")
 CONTROL, RANGE = "control", "fake-ip"
-
-Network = IPv4Network | IPv6Network
 
 
 class Claim(NamedTuple):
@@ -60,15 +58,17 @@ def claims_of(settings: Settings) -> Iterator[Claim]:
     fake = settings.dns.fake_ip
     for key, network in (("range", fake.range), ("range6", fake.range6)):
         if network is not None:
-            yield Claim(RANGE, str(network), f"dns.fake_ip.{key}", f"give each a range of its own{_halves(network)}")
+            yield Claim(RANGE, str(network), f"dns.fake_ip.{key}", "give each a range of its own")
     if "listen" in settings.dns.model_fields_set:
         for text in settings.dns.listen:
             yield Claim("dns", text, "dns.listen", "choose another address or port")
     yield Claim(CONTROL, str(settings.control.socket), "control.socket", "choose another path")
 
 
-def _halves(network: Network) -> str:
-    halves = network.subnets() if network.prefixlen < network.max_prefixlen else ()
+def _halves(one: str, other: str) -> str:
+    """How two could share the wider of two ranges."""
+    wider = min(ip_network(one), ip_network(other), key=lambda network: network.prefixlen)
+    halves = wider.subnets() if wider.prefixlen < wider.max_prefixlen else ()
     return ", as " + " and ".join(str(half) for half in halves) if halves else ""
 
 
@@ -138,7 +138,8 @@ def _refuse(claim: Claim, found: Iterable[Holder]) -> None:
         if holder.pid and not _may_be_ztun(holder.pid):
             continue
         what = claim.value if claim.value == holder.value else f"{claim.value} overlaps {holder.value}, which"
-        raise Claimed(f"{claim.key}: {what} is in use by another ztun{_who(holder.pid)}; {claim.remedy}")
+        remedy = claim.remedy + (_halves(claim.value, holder.value) if claim.kind == RANGE else "")
+        raise Claimed(f"{claim.key}: {what} is in use by another ztun{_who(holder.pid)}; {remedy}")
 
 
 def _may_be_ztun(pid: int) -> bool:
