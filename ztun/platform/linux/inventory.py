@@ -5,11 +5,12 @@ It works without an instance, and without privilege: what could not be seen is s
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ztun.platform.linux import netlink, orphans
+from ztun.platform.linux import journal, netlink, orphans
 from ztun.platform.linux.attachments import Sight, list_attachments
 from ztun.platform.linux.routes import PROTOCOL, list_rules
 from ztun.platform.linux.sweep import find_leftovers
@@ -48,6 +49,8 @@ def look(device: str, lan: Iterable[str] = ()) -> dict[str, Any]:
     device: the TUN's name; lan: interfaces that would be captured. Raises OSError when the kernel does not answer.
     """
     about = describe_interfaces(device, dict.fromkeys(lan, "not captured"), {})
+    if any(not os.access(path, os.R_OK) for path in journal.DIRECTORY.glob(f"*{journal.SUFFIX}")):
+        about["unseen"].append(f"state files in {journal.DIRECTORY} (needs root)")
     programs = [
         {"ifname": entry["ifname"], **attached}
         for entry in about["interfaces"]
