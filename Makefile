@@ -71,6 +71,9 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python -m bench $(ARGS)
 
 # Virtual machines (docs/vm-tests.md). What they need is installed here and not by `setup`; the images are made here too.
+VM_DIR := $(or $(ZTUN_VM_DIR),/var/tmp/ztun-vm)
+# The wheel is made out here, where it takes a second and pip has its index.
+VM_WHEEL = rm -rf $(VM_DIR)/wheel && $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(VM_DIR)/wheel .
 VM_PYTEST = $(BIN)/python vagrant/world.py $(BIN)/pytest -p no:cacheprovider --durations=10 tests/vm
 GATEWAYS ?= bookworm,trixie
 
@@ -78,6 +81,7 @@ GATEWAYS ?= bookworm,trixie
 vm-smoke: setup
 	packaging/install-vm-packages
 	vagrant/image/build bookworm
+	$(VM_WHEEL)
 	$(VM_PYTEST) --machines=qemu --gateways=bookworm -m smoke $(ARGS)
 
 # make vm-test GATEWAYS=trixie MACHINES=qemu: all tests, on each of these kernels, through Vagrant unless told otherwise
@@ -87,10 +91,11 @@ vm-test: setup
 	for suite in bookworm $(subst $(comma), ,$(GATEWAYS)); do \
 		vagrant/image/build $$suite && { [ $(MACHINES) = qemu ] || vagrant/image/box $$suite; } || exit 1; \
 	done
+	$(VM_WHEEL)
 	$(VM_PYTEST) --machines=$(MACHINES) --gateways=$(GATEWAYS) $(ARGS)
 
 vm-clean:
-	rm -rf $${ZTUN_VM_DIR:-/var/tmp/ztun-vm}
+	rm -rf $(VM_DIR)
 
 # What vagrant/image/build puts into the image of a virtual machine.
 guest-packages:

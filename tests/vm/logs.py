@@ -11,6 +11,7 @@ from vm.guest import Guest, Machines
 _COMMANDS = {
     "journal": "journalctl --no-pager --output=short-monotonic",
     "kernel": "dmesg",
+    "boot": "systemd-analyze; systemd-analyze blame --no-pager",
     "network": "ip -d address; ip -4 route show table all; ip -6 route show table all; ip rule; ip -6 rule; tc qdisc",
 }
 _GATEWAY = {

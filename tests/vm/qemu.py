@@ -98,6 +98,8 @@ class Qemu:
     def _provision(self, guest: Guest, packed: bytes) -> None:
         guest.wait()
         guest.run("mkdir -p /ztun && tar -x -C /ztun", stdin=packed)
+        for wheel in (self._store / "wheel").glob("*.whl"):
+            guest.run(f"mkdir -p /ztun-wheel && cat > /ztun-wheel/{wheel.name}", stdin=wheel.read_bytes())
         guest.run(f"/ztun/vagrant/provision/{guest.name}.sh", timeout=BOOT)
 
 

@@ -6,10 +6,14 @@ set -eu
 /ztun/vagrant/provision/python.sh
 PYTHONPATH=/ztun /opt/ztun/bin/python /ztun/vagrant/provision/network.py gateway
 
+package=/ztun
+for wheel in /ztun-wheel/*.whl; do
+    [ ! -e "$wheel" ] || package=$wheel # of the same sources
+done
 offline=
 [ ! -e /opt/ztun/offline ] || offline='--no-index --no-build-isolation'
 # shellcheck disable=SC2086 # two words or none
-/opt/ztun/bin/pip install --quiet --disable-pip-version-check $offline /ztun
+/opt/ztun/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps $offline "$package"
 ln -sf /opt/ztun/bin/ztun /usr/local/bin/ztun
 
 install -m 644 /ztun/packaging/ztun.service /etc/systemd/system/ztun.service
