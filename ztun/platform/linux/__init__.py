@@ -12,7 +12,6 @@ from ztun.platform.linux.netmon import LinuxNetworkMonitor
 from ztun.platform.linux.poller import make_event_loop, poller_of
 from ztun.platform.linux.routes import TunRoutes
 from ztun.platform.linux.sockets import MarkedSockets
-from ztun.platform.linux.sweep import sweep
 from ztun.platform.linux.tun import TunDevice, open_tun
 
 __all__ = [
@@ -25,7 +24,6 @@ __all__ = [
     "make_socket_factory",
     "open_device",
     "poller_of",
-    "sweep",
 ]
 
 
