@@ -84,7 +84,7 @@ class TunRoutes:
             self._set_sysctls()
             netlink.run(self._install)
         except (netlink.NetlinkError, OSError) as error:
-            what = netlink.explain(error) if isinstance(error, netlink.NetlinkError) else error.strerror
+            what = netlink.explain(error) if isinstance(error, netlink.NetlinkError) else error.strerror or error
             raise ZtunError(f"cannot set up {self._device}: {what}") from error
 
     def _set_sysctls(self) -> None:
