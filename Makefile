@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := python3 python3-bpfcc python3-venv linux-libc-dev iproute2 curl procps openssl util-linux \
 	'?dante-server' microsocks tinyproxy dnsmasq-base nginx-light bind9-dnsutils \
-	iperf3 wrk bpftool nftables tcpdump ethtool iputils-ping netcat-openbsd socat systemd strace faketime
+	iperf3 wrk bpftool nftables tcpdump ethtool iputils-ping netcat-openbsd socat systemd strace
 comma := ,
 SYSTEM_STAMP := $(VENV)/.system
 DEV_STAMP := $(VENV)/.dev

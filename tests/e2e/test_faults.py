@@ -18,13 +18,12 @@ import pytest
 
 from e2e.conftest import BASE
 from e2e.faults import at_rest, comes_to_rest, drops, load, seen_as, soon, works
-from e2e.traffic import reset, start
+from e2e.traffic import read_all, reset, start
 from ztun.lab import Lab, Ztun, plan, servers
 from ztun.lab.namespace import wait_until
 from ztun.lab.ztun import complete
 
 _ZTUN = Path(__file__).resolve().parents[2] / "ztun"
-_FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), Path("libfaketime.so.1"))
 
 
 # Descriptors.
@@ -201,21 +200,33 @@ def test_nothing_is_measured_by_a_clock_that_can_jump() -> None:
     assert "bpf_ktime_get_boot_ns" not in "".join(path.read_text() for path in _ZTUN.parent.glob("bpf/*.[ch]"))
 
 
+# What Python's time of day comes from. libfaketime would do it for C as well, but the lock of the interpreter waits by
+# calls that it gets wrong.
+_JUMPING = """
+import pathlib, time
+_when = pathlib.Path(__file__).with_name("when")
+_time, _time_ns = time.time, time.time_ns
+time.time = lambda: _time() + int(_when.read_text()) * 86400
+time.time_ns = lambda: _time_ns() + int(_when.read_text()) * 86400 * 10**9
+"""
+
+
 def test_the_time_of_day_jumps_by_ten_years(lab: Lab) -> None:
     """Forth and back, under traffic, with names in the store and in caches."""
     lab.stop()
     instance = lab.prepare()
     when = instance.directory / "when"
-    when.write_text("+0")
-    faked = {"LD_PRELOAD": str(_FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(when), "FAKETIME_NO_CACHE": "1"}
-    env = {**os.environ, **faked, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-    instance.start(complete(BASE, instance.directory), env=env)
+    when.write_text("0")
+    (instance.directory / "sitecustomize.py").write_text(_JUMPING)
+    path = os.pathsep.join(filter(None, [str(instance.directory), os.environ.get("PYTHONPATH")]))
+    instance.start(complete(BASE, instance.directory), env={**os.environ, "PYTHONPATH": path})
     works(lab)
     before, address = at_rest(instance), lab.dig("site.test")
+    years = set()
     with load(lab) as outcomes, lab.client.connect(plan.SITE4, plan.BANNER_PORT) as kept:
         assert kept.recv(100)
-        for jump in ("+3650d", "-3650d", "+0"):
-            when.write_text(jump)
+        for days in ("3650", "-3650", "0"):
+            when.write_text(days)
             served = outcomes["served"]
             soon(lambda: outcomes["served"] > served + 20)  # noqa: B023
             kept.sendall(b"still here")
@@ -223,11 +234,22 @@ def test_the_time_of_day_jumps_by_ten_years(lab: Lab) -> None:
             assert lab.dig("site.test") == address
             assert lab.dig("direct.test") == plan.DIRECT4
             assert instance.status()["uptime_s"] < 3600
+            years.add(year_of(instance))
     assert set(outcomes) == {"served"}
-    assert {"2016", "2036"} <= {line[:4] for line in instance.output.splitlines()}  # it did jump
+    assert max(years) - min(years) >= 19  # it did jump
     works(lab)
     comes_to_rest(instance, before)
     assert instance.stop() == 0
+
+
+def year_of(instance: Ztun) -> int:
+    """The year that its control socket tells, for it uses the time of day (RFC 9110 section 6.6.1)."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(instance.socket_path))
+        sock.sendall(b"GET /log-level HTTP/1.0\r\n\r\n")
+        head = read_all(sock).decode()
+    [date] = [line for line in head.splitlines() if line.startswith("Date:")]
+    return int(date.split()[4])
 
 
 # The proxy.
