@@ -97,7 +97,7 @@ class BpfClassifier:
         yield
         yield from self._prefixes4.replacing(by_length[4])
         yield from self._prefixes6.replacing(by_length[16])
-        self._xdp.replace_rules(by_length)
+        yield from self._xdp.replacing_rules(by_length)
         self._follow_xdp()
 
     def replace_own_addresses(self, addresses: Iterable[bytes]) -> None:

@@ -10,7 +10,7 @@ import errno
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import structlog
@@ -110,13 +110,13 @@ class XdpFilter:
             self._ports = opened["ports"]
         self._is_needed = False
 
-    def replace_rules(self, prefixes: Mapping[int, Iterable[Prefix]]) -> None:
+    def replacing_rules(self, prefixes: Mapping[int, Iterable[Prefix]]) -> Iterator[None]:
         """Tell which prefixes are blocked; others are left out here. By the size of an address, 4 and 16 bytes."""
         if self._program is None:
             return
         blocked = {size: [one for one in some if one.verdict == Verdict.DROP] for size, some in prefixes.items()}
-        self._blocked4.replace(blocked[4])
-        self._blocked6.replace(blocked[16])
+        yield from self._blocked4.replacing(blocked[4])
+        yield from self._blocked6.replacing(blocked[16])
         self._is_needed = any(blocked.values())
 
     def follow(self, captured: Mapping[str, int]) -> None:
