@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from e2e.kill_world import CLIENT4, TUNNELLED4, UPSTREAM4, KillWorld, configuration
+from e2e.kill_world import CLIENT4, GATEWAY4, TUNNELLED4, UPSTREAM4, KillWorld, configuration
 from ztun.lab.namespace import wait_until
 
 PROBE_PORT = 9
@@ -72,7 +72,7 @@ class Probes:
 
 @pytest.mark.parametrize("backend", ["clsact", "routes"])
 def test_nothing_slips_past_from_the_first_capture_on(world: KillWorld, backend: str) -> None:
-    path = str(world.configure("config", configuration(world.directory, backend, fail="closed")))
+    path = str(world.configure("config", configuration(world.directory, backend, fail="closed", host=True)))
     probes = Probes(world)
     with probes.sending():
         assert wait_until(lambda: probes.leaked() > 0)
@@ -89,7 +89,9 @@ def test_nothing_slips_past_from_the_first_capture_on(world: KillWorld, backend:
             if death is signal.SIGKILL:
                 time.sleep(STALE)
                 assert world.reached(world.client, UPSTREAM4) == CLIENT4
-                assert world.reached(world.client, TUNNELLED4) is None
+                assert world.reached(world.gateway, UPSTREAM4) == GATEWAY4
+                for source in (world.client, world.gateway):
+                    assert world.reached(source, TUNNELLED4) is None
                 assert probes.leaked() == 0
                 assert probes.sent > before
         assert wait_until(lambda: probes.leaked() > 0)
