@@ -2,7 +2,8 @@
 
 sys.platform says "darwin" while the two modules are imported that look at it, and nowhere else. What macOS would do is
 done by the stand-ins beside this file. The directory of resolver(5) and that of the saved sysctls are given by the
-environment: ZTUN_TEST_RESOLVER, ZTUN_TEST_RUN; ZTUN_TEST_TRACE is a file that gets, at the end, what was asked for.
+environment: ZTUN_TEST_RESOLVER, ZTUN_TEST_RUN, and that of what instances claim by ZTUN_TEST_CLAIMS;
+ZTUN_TEST_TRACE is a file that gets, at the end, what was asked for.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ def main() -> int:
     _become_darwin()
     from darwin.kqueue_stand_in import EpollQueue
     from darwin.stand_in import LinuxStandIn
+    from ztun.control import claims
     from ztun.platform import darwin
-    from ztun.platform.darwin import forwarding, resolver
+    from ztun.platform.darwin import forwarding, instances, resolver
 
     calls = LinuxStandIn()
     darwin.use(calls, EpollQueue)
     resolver.DIRECTORY = Path(os.environ["ZTUN_TEST_RESOLVER"])
     forwarding.DIRECTORY = Path(os.environ["ZTUN_TEST_RUN"])
+    claims.FILES = instances.DIRECTORY = Path(os.environ["ZTUN_TEST_CLAIMS"])
     trace = Path(os.environ["ZTUN_TEST_TRACE"])
 
     def write() -> None:

@@ -28,6 +28,7 @@ class ZtunAsDarwin(Ztun):
         super().__init__(gateway, directory)
         self.resolver = directory / "resolver"
         self.saved = directory / "saved"
+        self.claims = directory.parent / "claims"  # of all instances in the lab
         self.trace_path = directory / "trace.json"
         self.saved.mkdir()
 
@@ -44,6 +45,7 @@ class ZtunAsDarwin(Ztun):
             "PYTHONPATH": str(_TESTS),
             "ZTUN_TEST_RESOLVER": str(self.resolver),
             "ZTUN_TEST_RUN": str(self.saved),
+            "ZTUN_TEST_CLAIMS": str(self.claims),
             "ZTUN_TEST_TRACE": str(self.trace_path),
         }
 

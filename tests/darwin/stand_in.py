@@ -138,6 +138,7 @@ class Bridge:
         os.close(self._tun)
         self._far.close()
         os.close(self._stop_read)
+        os.close(self._stop_write)
 
     def _note(self, frame: bytes, carry: Any) -> None:
         assert frame[:4] == _FAMILY[frame[4] >> 4], frame[:8].hex()
@@ -213,7 +214,12 @@ def _tell(netlink: socket.socket, far: socket.socket) -> None:
             ready, _, _ = select.select([netlink, far], [], [])
             if far in ready:
                 return  # its other end is closed
-            data = netlink.recv(65536)
+            try:
+                data = netlink.recv(65536)
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                continue  # some is lost, as a routing socket that is full loses it; what comes next makes up for it
             kind = struct.unpack_from("=IH", data)[1]
             message = _translated(kind, data[16:])
             if message is not None:

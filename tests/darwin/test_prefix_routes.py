@@ -195,7 +195,8 @@ def test_nothing_of_the_linux_part_is_loaded_there() -> None:
 def test_the_defaults_of_macos_are_chosen_in_one_place() -> None:
     code = "import sys; sys.platform = 'darwin'; import ztun.defaults; print(*ztun.defaults.DEFAULTS)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["utun", "/var/run/ztun/control.sock", "/var/db/ztun/fake-ip.db", "26"]
+    paths = ["/var/run/ztun/control.sock", "/var/db/ztun/fake-ip.db"]
+    assert done.stdout.split() == ["utun", *paths, "26", "utun", "/var/run/ztun/claims"]
 
 
 def test_the_launchd_job() -> None:

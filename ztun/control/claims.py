@@ -2,7 +2,7 @@
 
 Each claim is a Unix socket with an abstract name (unix(7)): such names belong to the network namespace, one socket has
 each, and it goes with its process, however that ends. /proc/net/unix lists them, so that a second instance can say whom
-it is in the way of. Where there are no network namespaces there are no abstract names, and nothing is claimed.
+it is in the way of. macOS has neither network namespaces nor abstract names: there each claim is a locked file.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ztun import lockfiles
+from ztun.defaults import DEFAULTS
 from ztun.errors import ZtunError
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 _PREFIX = "ztun/1/"
 _LONGEST = 107  # bytes of sun_path behind the zero that makes a name abstract
 _TABLE = Path("/proc/thread-self/net/unix")
+FILES = DEFAULTS.claims  # in the place of abstract names
 CONTROL, RANGE = "control", "fake-ip"
 
 
@@ -50,7 +53,8 @@ class Claimed(ZtunError):  # noqa: N818 (it reads as what it says)
 
 def claims_of(settings: Settings) -> Iterator[Claim]:
     """Everything that an instance with these settings needs for itself."""
-    yield Claim("tun", settings.tun.name, "tun.name", "choose another name")
+    if settings.tun.name != DEFAULTS.any_device:
+        yield Claim("tun", settings.tun.name, "tun.name", "choose another name")
     for name in settings.capture.lan:
         yield Claim("lan", name, "capture.lan", "an interface belongs to one instance only, leave it out of one")
     if settings.capture.host:
@@ -77,6 +81,7 @@ class Claims:
 
     def __init__(self) -> None:
         self._held: dict[str, socket.socket] = {}
+        self._files = lockfiles.LockFiles(FILES) if FILES is not None else None
 
     def acquire(self, claims: Iterable[Claim]) -> None:
         """Claim all of it or nothing. Raises Claimed in one line that names who has it."""
@@ -88,6 +93,9 @@ class Claims:
             raise
 
     def _acquire(self, claim: Claim) -> None:
+        if self._files is not None:
+            self._acquire_file(self._files, claim)
+            return
         name = _PREFIX + f"{claim.kind}/{claim.value}"
         if not _TABLE.exists() or len(os.fsencode(name)) > _LONGEST:
             return
@@ -106,8 +114,20 @@ class Claims:
             others = [one for one in _listed() if one.inode not in mine and _overlap(claim, one.kind, one.value)]
             _refuse(claim, _with_pids(others))
 
+    def _acquire_file(self, files: lockfiles.LockFiles, claim: Claim) -> None:
+        try:
+            is_ours = files.acquire(claim.kind, claim.value)
+        except OSError as error:
+            raise ZtunError(f"{claim.key}: cannot claim {claim.value}: {error.strerror}") from error
+        others = [one for one in holders() if one.pid != os.getpid()]
+        if not is_ours:
+            _refuse(claim, [one for one in others if one[:2] == claim[:2]] or [Holder(*claim[:2], 0)])
+        _refuse(claim, [one for one in others if _overlap(claim, one.kind, one.value)])
+
     def release(self) -> None:
         """Give all of it back. Idempotent."""
+        if self._files is not None:
+            self._files.release()
         while self._held:
             self._held.popitem()[1].close()
 
@@ -158,6 +178,8 @@ def _who(pid: int) -> str:
 
 def holders() -> list[Holder]:
     """All claims of this network namespace, our own among them."""
+    if FILES is not None:
+        return [Holder(*one) for one in lockfiles.listed(FILES)]
     return _with_pids(_listed())
 
 

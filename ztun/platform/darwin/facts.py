@@ -9,6 +9,7 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any
 
+from ztun.platform.darwin import instances as announced
 from ztun.platform.shapes import BpfFacts, Diversion, Instance, Route, TunFacts
 from ztun.ports import SocketFactory
 
@@ -103,8 +104,8 @@ def path_mtu(address: str, mark: int) -> tuple[int, str] | None:
 
 
 def instances() -> list[Instance]:
-    """Not known."""
-    return []
+    """Those of this Mac."""
+    return announced.others()
 
 
 def sockets(mark: int) -> SocketFactory:

@@ -34,10 +34,11 @@ class Forwarding:
         """Switch forwarding on where it is off. Raises ZtunError; nothing is changed then."""
         before = {name: require(self._calls, "sysctl", "-n", name).strip() for name in NAMES}
         changed = {name: value for name, value in before.items() if value == "0"}
-        if not changed:
+        remembered = changed | dict.fromkeys(self._changed_by_others(), "0")
+        if not remembered:
             return
         try:
-            self._path.write_text(json.dumps({"pid": os.getpid(), "before": changed}))
+            self._path.write_text(json.dumps({"pid": os.getpid(), "before": remembered}))
         except OSError as error:
             raise ZtunError(f"cannot write {self._path}: {(error.strerror or str(error)).lower()}") from error
         try:
@@ -57,8 +58,9 @@ class Forwarding:
             log.warning("cannot read what sysctls were before", path=str(self._path), error=str(error))
             before = {}
         lines = []
+        still_needed = self._changed_by_others()
         for name, value in before.items():
-            if name in NAMES and value == "0":
+            if name in NAMES and value == "0" and name not in still_needed:
                 try:
                     require(self._calls, "sysctl", "-w", f"{name}=0")
                     lines.append(f"sysctl {name}=1")
@@ -67,6 +69,11 @@ class Forwarding:
         with suppress(OSError):
             self._path.unlink()
         return lines
+
+    def _changed_by_others(self) -> set[str]:
+        """What other living instances switched on: the last of them puts it back."""
+        others = [path for path in _files(self._path.parent) if path != self._path and is_alive(_pid_in(path))]
+        return {name for path in others for name in _before_in(path)}
 
 
 def sweep(calls: Calls, directory: Path | None = None) -> list[str]:
@@ -80,8 +87,18 @@ def sweep(calls: Calls, directory: Path | None = None) -> list[str]:
 
 def left_over(directory: Path | None = None) -> list[Path]:
     """The files of processes that are no more."""
-    found = sorted((directory or DIRECTORY).glob("ztun-*.sysctls"))
-    return [path for path in found if not is_alive(_pid_in(path))]
+    return [path for path in _files(directory or DIRECTORY) if not is_alive(_pid_in(path))]
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("ztun-*.sysctls"))
+
+
+def _before_in(path: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(path.read_text())["before"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def _pid_in(path: Path) -> int:

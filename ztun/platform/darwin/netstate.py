@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ztun.platform.darwin import messages, numbers
+from ztun.platform.darwin import instances, messages, numbers
 from ztun.platform.darwin.calls import Calls
 from ztun.platform.darwin.utun import opened
 from ztun.ports import Link, NetworkState, Path
@@ -72,8 +72,9 @@ def list_addresses(found: Iterable[messages.Message]) -> list[tuple[str, bytes, 
 
 
 def list_ways(calls: Calls) -> list[Way]:
-    """The routes that our own packets may take: those into our utun are left out."""
+    """The routes that our own packets may take: those into our utun, or another instance's, are left out."""
     ours = {_index_of(name) for name in list(opened)}  # it may change meanwhile: the monitor reads in a thread
+    ours |= {_index_of(other.device) for other in instances.others()}
     return [way for way in list_routes(calls) if way.ifindex not in ours]
 
 

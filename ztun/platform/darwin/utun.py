@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from ztun.errors import ZtunError
-from ztun.platform.darwin import numbers
+from ztun.platform.darwin import instances, numbers
 from ztun.platform.darwin.calls import Calls
 from ztun.ports import Buffer
 from ztun.wire import offload, vnet
@@ -51,6 +51,7 @@ class UtunDevice:
         self.admit: Admit | None = None
         self._fd = fd
         self._reopen = reopen
+        self._withdraw = instances.announce(name)
         opened[name] = self
 
     def fileno(self) -> int:
@@ -102,6 +103,7 @@ class UtunDevice:
             os.close(self._fd)
             self._fd = -1
             opened.pop(self.name, None)
+            self._withdraw()
 
 
 opened: weakref.WeakValueDictionary[str, UtunDevice] = weakref.WeakValueDictionary()
