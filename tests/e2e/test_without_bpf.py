@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from e2e.conftest import BASE
+from e2e.foreign import attach_tcx, load
+from e2e.traffic import start
 from ztun.lab import Lab, Ztun, plan
 from ztun.lab.namespace import wait_until
 from ztun.lab.ztun import complete
@@ -21,6 +27,7 @@ WAYS = {
     "lockdown": ([sys.executable, NO_BPF, "EPERM"], "Operation not permitted"),
     "an old kernel": ([sys.executable, NO_BPF, "ENOSYS"], "Function not implemented"),
 }
+NEXT = struct.pack("=BBhi", 0xB7, 0, 0, -1) + struct.pack("=BBhi", 0x95, 0, 0, 0)  # r0 = TCX_NEXT; exit
 SAID = "no BPF: capturing with routes alone"
 
 
@@ -68,3 +75,39 @@ def test_where_bpf_was_asked_for_it_is_an_error_of_one_line(lab: Lab, backend: s
     assert instance.returncode == 1
     assert instance.output.splitlines()[-1].startswith("ztun: BPF programs not loaded: ")
     assert "Traceback" not in instance.output
+
+
+@contextlib.contextmanager
+def full_hook(lab: Lab) -> Iterator[None]:
+    """As many programs of somebody else's on lan0 as TCX takes, each of which lets everything pass."""
+    fds: list[int] = []
+    try:
+        with contextlib.suppress(OSError):  # ERANGE, at last
+            while True:
+                fds.append(load("theirs", NEXT))
+                fds.append(attach_tcx(lab.gateway, "lan0", fds[-1]))
+        assert len(fds) > 100
+        yield
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def test_an_interface_that_refuses_is_captured_by_routes_until_it_takes_the_program(lab: Lab) -> None:
+    with full_hook(lab):
+        instance = start(lab, BASE)
+        reason = "lan0 by routes, cannot attach to lan0 (tcx): Numerical result out of range"
+        status = instance.status()
+        assert (status["backend"], status["fallback_reason"]) == ("tcx", reason)
+        assert status["network"]["lan"] == [{"name": "lan0", "state": "up"}]
+        assert instance.output.count("no BPF on an interface: capturing from it by routes") == 1
+        told = " ".join(instance.command("routes", "--socket", str(instance.socket_path)).stdout.split())
+        assert reason in told
+        assert lab.page("http://site.test/")["client"] in (plan.UPSTREAM4, plan.UPSTREAM6)
+        assert lab.page(f"http://{plan.SITE4}/")["client"] == plan.UPSTREAM4
+        assert lab.page(f"http://{plan.DIRECT4}/")["client"] == plan.CLIENT4
+    lab.gateway.ip("link set lan0 alias theirs-are-gone")  # tried again when the network changes
+    assert wait_until(lambda: instance.status()["fallback_reason"] is None)
+    assert instance.routes()["ip_rules"] == []
+    assert lab.page(f"http://{plan.SITE4}/")["client"] == plan.UPSTREAM4
+    assert instance.stop() == 0, instance.output
