@@ -49,14 +49,15 @@ class Namespace:
 
     def delete(self) -> None:
         """Remove it, and what runs in it still (only we put anything there). Idempotent."""
+        if is_there := Path("/run/netns", self.name).exists():
+            for pid in run(["ip", "netns", "pids", self.name], check=False).stdout.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), 9)
         if self._fd >= 0:
             _forget_states(self)
             os.close(self._fd)
             self._fd = -1
-        if Path("/run/netns", self.name).exists():
-            for pid in run(["ip", "netns", "pids", self.name], check=False).stdout.split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), 9)
+        if is_there:
             run(["ip", "netns", "del", self.name], check=False)
         configuration = Path("/etc/netns", self.name)
         (configuration / "resolv.conf").unlink(missing_ok=True)
