@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import queue
 import shlex
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -124,6 +126,25 @@ def wait_for(condition: Callable[[], object], timeout: float = PATIENCE, interva
             return False
         time.sleep(interval)
     return True
+
+
+def at_once(*actions: Callable[[], object]) -> None:
+    """Do all, and raise the first error as soon as there is one. Nobody waits for the others then, nor after Ctrl-C."""
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def do(action: Callable[[], object]) -> None:
+        try:
+            action()
+        except BaseException as error:
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    for action in actions:
+        threading.Thread(target=do, args=(action,), daemon=True).start()
+    for _ in actions:
+        if (error := ended.get()) is not None:
+            raise error
 
 
 def sources() -> bytes:

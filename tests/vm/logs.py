@@ -32,6 +32,8 @@ def collect(machines: Machines, image: str) -> None:
     target = directory() / image
     target.mkdir(parents=True, exist_ok=True)
     for guest in machines.running():
+        if not guest.answers():
+            continue
         for what, command in {**_COMMANDS, **(_GATEWAY if guest.name == "gateway" else {})}.items():
             (target / f"{guest.name}-{what}.log").write_text(_said(guest, command))
     for console in machines.consoles():
