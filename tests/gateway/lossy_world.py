@@ -86,6 +86,7 @@ class AllDirect:
     """Rules, names, DNS and outbound in one: everything goes to the same port on the loopback interface."""
 
     tag = type = "loopback"
+    asks_origin = False
 
     def statistics(self) -> dict[str, int]:
         return {}
