@@ -163,6 +163,21 @@ def test_forwarding_that_a_killed_process_left_on(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_forwarding_stays_on_until_the_last_of_two_ends(tmp_path: Path) -> None:
+    off = {"-n_net.inet.ip.forwarding": Done(0, "0"), "-n_net.inet6.ip6.forwarding": Done(0, "1")}
+    on = {"-n_net.inet.ip.forwarding": Done(0, "1"), "-n_net.inet6.ip6.forwarding": Done(0, "1")}
+    one, two = Recorded(**off), Recorded(**on)
+    first = Forwarding("utun7", one, tmp_path)  # type: ignore[arg-type]
+    second = Forwarding("utun8", two, tmp_path)  # type: ignore[arg-type]
+    first.allow()
+    second.allow()
+    assert first.restore() == []
+    assert one.ran[2:] == ["sysctl -w net.inet.ip.forwarding=1"]
+    assert second.restore() == ["sysctl net.inet.ip.forwarding=1"]
+    assert two.ran[2:] == ["sysctl -w net.inet.ip.forwarding=0"]
+    assert list(tmp_path.iterdir()) == []
+
+
 # The package.
 
 

@@ -76,8 +76,8 @@ class PrefixRoutes:
         if index is not None and index != _index_of(self._device):
             other = _name_of(index)
             raise ZtunError(
-                f"a route to {show(key)} exists already, through {other}: end what made it (another VPN?), "
-                f"or remove it with `route delete {show(key)}`"
+                f"a route to {show(key)} exists already, through {other}: "
+                f"end what made it (another VPN, another ztun?), or remove it with `route delete {show(key)}`"
             )
 
     def _delete(self, key: Key) -> None:
