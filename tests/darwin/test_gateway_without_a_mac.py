@@ -12,11 +12,14 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from e2e.conftest import BASE, OUTBOUNDS
-from e2e.traffic import ask_udp, download, echo_flow, read_all, upload
+from e2e.test_datagram_runs import PORT as TOGETHER_PORT
+from e2e.test_datagram_runs import hear, numbered, send_together, udp_socket
+from e2e.traffic import ask_udp, download, echo_flow, read_all, read_exactly, upload
 
 from darwin.conftest import UTUN, DarwinLab, ZtunAsDarwin
 from ztun.lab import plan
@@ -91,6 +94,57 @@ def test_megabytes_both_ways_are_the_same_bytes(lab: DarwinLab, rules: ZtunAsDar
 def test_datagrams_come_back_whole(lab: DarwinLab, rules: ZtunAsDarwin, site: str, size: int) -> None:
     payload = bytes(number % 251 for number in range(size))
     assert ask_udp(lab.client, site, plan.ECHO_PORT, payload) == payload
+
+
+@pytest.mark.parametrize("site", [plan.SITE4, plan.SITE6, plan.SHARED4, plan.SHARED6])
+def test_datagrams_that_travel_together_are_cut_where_utun_begins(
+    lab: DarwinLab, rules: ZtunAsDarwin, site: str
+) -> None:
+    """There is no UDP segmentation offload: the kernel cuts before the utun, and ztun before it writes (SHARED: what a
+    server sends together comes to the outbound `direct` in one piece)."""
+    payloads = numbered([1200] * 20 + [77])
+    with udp_socket(lab.upstream, site) as server, udp_socket(lab.client, site) as sock:
+        server.bind((site, TOGETHER_PORT))
+        sock.sendto(b"hello", (site, TOGETHER_PORT))
+        _, client = server.recvfrom(100)
+        send_together(server, payloads, client)
+        assert hear(sock, 21) == payloads
+        with lab.watching(lab.gateway, UTUN) as packets:
+            send_together(sock, payloads, (site, TOGETHER_PORT))
+            assert hear(server, 21) == payloads
+            send_together(server, payloads, client)
+            assert hear(sock, 21) == payloads
+    assert len(packets) >= 42
+    assert max(map(len, packets)) <= 1500
+
+
+def test_hundreds_of_flows_at_once_and_clients_that_vanish(lab: DarwinLab, rules: ZtunAsDarwin) -> None:
+    """Of the flows of both families some end without a word; the others do not notice, and their echo is whole."""
+    dials = [lab.client.socket(family) for family in (socket.AF_INET, socket.AF_INET6) for _ in range(150)]
+    try:
+        for number, sock in enumerate(dials):
+            sock.setblocking(False)
+            sock.connect_ex((plan.SITE4 if number < 150 else plan.SITE6, plan.BANNER_PORT))
+        for sock in dials:
+            sock.settimeout(20)
+            assert sock.recv(100) == b"220 lab ready\r\n"
+        assert rules.status()["tcp"]["active"] >= 300
+        words = "type filter hook output priority 0; tcp flags & (fin | rst) != 0 drop;"
+        lab.client.run("nft", f"table inet silence {{ chain c {{ {words} }}; }}")
+        for sock in dials[::3]:
+            sock.close()
+        rest = [sock for sock in dials if sock.fileno() >= 0]
+        assert len(rest) == 200
+        for number, sock in enumerate(rest):
+            sock.sendall(str(number).encode() * 500)
+        for number, sock in enumerate(rest):
+            assert read_exactly(sock, 500 * len(str(number))) == str(number).encode() * 500
+    finally:
+        lab.client.run("nft", "delete", "table", "inet", "silence", check=False)
+        for sock in dials:
+            sock.close()
+    assert rules.status()["tcp"]["active"] >= 100  # nobody told of their end
+    assert lab.page("http://site.test/", "-4")["host"] == "site.test"
 
 
 @pytest.mark.parametrize("type", ["A", "AAAA"])
@@ -324,12 +378,28 @@ def test_no_privilege(lab: DarwinLab) -> None:
 def test_a_utun_that_goes_away_is_made_again(lab: DarwinLab, rules: ZtunAsDarwin) -> None:
     """macOS has no command for that; the stand-in removes it on a signal."""
     assert lab.page("http://site.test/", "-4")["host"] == "site.test"
-    with lab.client.connect(plan.SITE4, plan.ECHO_PORT) as sock:
-        sock.sendall(b"before ")
-        assert sock.recv(100) == b"before "
-        os.kill(rules.pid, signal.SIGUSR2)
-        assert wait_until(lambda: "made it again" in rules.output, 10), rules.output
-        sock.sendall(b"after")
-        sock.settimeout(10)
-        assert sock.recv(100) == b"after"
+    before = _descriptors(rules)
+    with lab.client.connect(plan.SITE4, plan.ECHO_PORT) as four, lab.client.connect(plan.SITE6, plan.ECHO_PORT) as six:
+        flows = (four, six)
+        assert [_echo(flow, b"before") for flow in flows] == [b"before"] * 2
+        for times in (1, 2):
+            os.kill(rules.pid, signal.SIGUSR2)
+            assert wait_until(lambda: rules.output.count("made it again") == times, 10), rules.output  # noqa: B023
+            assert [_echo(flow, b"after") for flow in flows] == [b"after"] * 2
+    assert wait_until(lambda: _descriptors(rules) == before, 10)
     assert lab.page("http://site.test/", "-4")["host"] == "site.test"
+
+
+def _echo(sock: socket.socket, data: bytes) -> bytes:
+    sock.settimeout(10)
+    sock.sendall(data)
+    return sock.recv(100)
+
+
+def _descriptors(instance: ZtunAsDarwin) -> int:
+    """How many are open, but those of flows to proxies, which come and go."""
+    found = []
+    for path in Path(f"/proc/{instance.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(path))
+    return len([target for target in found if not target.startswith("socket:")])
