@@ -161,6 +161,36 @@ def test_direct_names_pass_ztun_by(lab: DarwinLab, rules: ZtunAsDarwin) -> None:
     assert not any(socket.inet_aton(plan.DIRECT4) in packet for packet in seen)
 
 
+def test_a_utun_that_goes_away_is_made_again(lab: DarwinLab, rules: ZtunAsDarwin) -> None:
+    """macOS has no command for that; the stand-in removes it on a signal."""
+    assert lab.page("http://site.test/", "-4")["host"] == "site.test"
+    before = _descriptors(rules)
+    with lab.client.connect(plan.SITE4, plan.ECHO_PORT) as four, lab.client.connect(plan.SITE6, plan.ECHO_PORT) as six:
+        flows = (four, six)
+        assert [_echo(flow, b"before") for flow in flows] == [b"before"] * 2
+        for times in (1, 2):
+            os.kill(rules.pid, signal.SIGUSR2)
+            assert wait_until(lambda: rules.output.count("made it again") == times, 10), rules.output  # noqa: B023
+            assert [_echo(flow, b"after") for flow in flows] == [b"after"] * 2
+    assert wait_until(lambda: _descriptors(rules) == before, 10)
+    assert lab.page("http://site.test/", "-4")["host"] == "site.test"
+
+
+def _echo(sock: socket.socket, data: bytes) -> bytes:
+    sock.settimeout(10)
+    sock.sendall(data)
+    return sock.recv(100)
+
+
+def _descriptors(instance: ZtunAsDarwin) -> int:
+    """How many are open, but those of flows to proxies, which come and go."""
+    found = []
+    for path in Path(f"/proc/{instance.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(path))
+    return len([target for target in found if not target.startswith("socket:")])
+
+
 # Everything comes by the routes, and the classifier decides.
 
 
@@ -373,33 +403,3 @@ def test_no_privilege(lab: DarwinLab) -> None:
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
     assert "needs root" in line
-
-
-def test_a_utun_that_goes_away_is_made_again(lab: DarwinLab, rules: ZtunAsDarwin) -> None:
-    """macOS has no command for that; the stand-in removes it on a signal."""
-    assert lab.page("http://site.test/", "-4")["host"] == "site.test"
-    before = _descriptors(rules)
-    with lab.client.connect(plan.SITE4, plan.ECHO_PORT) as four, lab.client.connect(plan.SITE6, plan.ECHO_PORT) as six:
-        flows = (four, six)
-        assert [_echo(flow, b"before") for flow in flows] == [b"before"] * 2
-        for times in (1, 2):
-            os.kill(rules.pid, signal.SIGUSR2)
-            assert wait_until(lambda: rules.output.count("made it again") == times, 10), rules.output  # noqa: B023
-            assert [_echo(flow, b"after") for flow in flows] == [b"after"] * 2
-    assert wait_until(lambda: _descriptors(rules) == before, 10)
-    assert lab.page("http://site.test/", "-4")["host"] == "site.test"
-
-
-def _echo(sock: socket.socket, data: bytes) -> bytes:
-    sock.settimeout(10)
-    sock.sendall(data)
-    return sock.recv(100)
-
-
-def _descriptors(instance: ZtunAsDarwin) -> int:
-    """How many are open, but those of flows to proxies, which come and go."""
-    found = []
-    for path in Path(f"/proc/{instance.pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            found.append(os.readlink(path))
-    return len([target for target in found if not target.startswith("socket:")])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from ztun.errors import ZtunError
+from ztun.platform.darwin import instances
 from ztun.platform.darwin.resolver import ResolverFiles, left_over, sweep, tag
 
 
@@ -54,6 +56,30 @@ def test_only_what_a_dead_process_left_is_swept(tmp_path: Path) -> None:
     assert sweep(tmp_path) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alive.example", "foreign.example"]
     assert sweep(tmp_path / "absent") == []
+
+
+def test_a_number_that_another_process_got_since_is_no_instance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a power cut: the files in /etc are still there, and most numbers are somebody's."""
+    claims, files = tmp_path / "claims", tmp_path / "resolver"
+    monkeypatch.setattr(instances, "DIRECTORY", claims)
+    files.mkdir()
+    (files / "old.example").write_text(f"{tag(os.getppid())}\nnameserver 198.18.0.2\n")
+    (files / "mine.example").write_text(f"{tag(os.getpid())}\nnameserver 198.18.0.2\n")
+    assert sweep(files) == [f"resolver file {files / 'old.example'}"]
+    hold = "import sys; from ztun.lockfiles import *; h = LockFiles(Path(sys.argv[1])); print(h.acquire('a', 'b'))"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{hold}; sys.stdout.flush(); sys.stdin.read()", str(claims)],
+        stdin=-1,
+        stdout=-1,
+        text=True,
+    ) as living:
+        assert living.stdout is not None
+        assert living.stdout.readline() == "True\n"
+        (files / "living.example").write_text(f"{tag(living.pid)}\nnameserver 198.18.0.2\n")
+        assert sweep(files) == []
+        living.kill()
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import structlog
 
 from ztun.errors import ZtunError
 from ztun.platform.darwin.calls import Calls, require
-from ztun.platform.darwin.resolver import is_alive
+from ztun.platform.darwin.instances import is_alive
 
 log = structlog.get_logger("ztun.classifier")
 

@@ -1,4 +1,4 @@
-"""The utuns of all instances on this Mac, which tell each other by locked files.
+"""The instances on this Mac and their utuns, which tell each other by locked files.
 
 No instance's own sockets follow routes into another one's utun, as on Linux, where they have the same mark: else what
 one sends out directly could come to the other, be direct there as well, and come back, without end.
@@ -34,3 +34,23 @@ def others() -> list[Instance]:
         return []
     found = [Instance(value, pid) for kind, value, pid in lockfiles.listed(DIRECTORY) if kind == _KIND]
     return [other for other in found if other.pid != os.getpid()]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether an instance of this number lives. Another process may have got the number since, as after a reboot."""
+    if pid == os.getpid():
+        return True
+    if not pid or not _exists(pid):
+        return False
+    # From its first change to its last, an instance holds the claim of its control socket, beside our files.
+    return DIRECTORY is None or pid in {holder for _kind, _value, holder in lockfiles.listed(DIRECTORY)}
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it is another user's
+    return True

@@ -16,6 +16,7 @@ from pathlib import Path
 import structlog
 
 from ztun.errors import ZtunError
+from ztun.platform.darwin.instances import is_alive
 
 log = structlog.get_logger("ztun.dns")
 
@@ -108,19 +109,6 @@ def _remove(path: Path) -> bool:
     except OSError as error:
         log.warning("file not removed", path=str(path), error=str(error))
         return False
-    return True
-
-
-def is_alive(pid: int) -> bool:
-    """Whether there is a process of this number; none has 0."""
-    if not pid:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
     return True
 
 
