@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 
 import structlog
@@ -32,24 +33,38 @@ class DeviceRevival:
         """Reading the device failed with `error`: make another one, or give up."""
         name, reason = self._assembly.settings.tun.name, (error.strerror or str(error)).lower()
         try:
-            self._revive()
+            while not self._revive():
+                pass  # as often as _count lets it
         except (ZtunError, OSError) as problem:
             log.error("the TUN device is gone, stopping", device=name, reason=reason, remedy=str(problem))
             self._give_up(ZtunError(f"lost the interface {name} ({reason}), and cannot make it again: {problem}"))
         else:
             log.warning("somebody removed the TUN, made it again", device=name)
 
-    def _revive(self) -> None:
-        """Put another TUN in the place of the one that was removed. Raises ZtunError."""
+    def _revive(self) -> bool:
+        """Put another TUN in the place of the one that was removed. False when that was removed meanwhile, too.
+
+        Raises ZtunError.
+        """
         parts = self._assembly
         if parts.state != "running":
             raise ZtunError(f"the instance is {parts.state}")
         self._count()
-        parts.require_device().reopen()
-        parts.require_routes().restore()
-        parts.require_classifier().reinstall()
-        parts.require_classifier().attach()
+        try:
+            parts.require_device().reopen()
+            parts.require_routes().restore()
+            parts.require_classifier().reinstall()
+            parts.require_classifier().attach()
+        except (ZtunError, OSError):
+            if self._is_there():
+                raise
+            return False
         parts.require_gateway().engine.read_again()
+        return True
+
+    def _is_there(self) -> bool:
+        name = self._assembly.require_device().name
+        return any(name == each for _, each in socket.if_nameindex())
 
     def _count(self) -> None:
         now = self._loop.time()
