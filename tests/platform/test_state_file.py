@@ -330,3 +330,20 @@ def test_half_an_undoing_is_finished(world: World) -> None:
     die(one)
     sweep()
     assert [sysctl.read(f"ipv6/conf/{name}/forwarding") for name in ("all", "lan0", "wan0")] == ["0", "1", "0"]
+
+
+def test_of_a_users_own_state_file_only_files_beside_it_are_believed(world: World, directory: Path) -> None:
+    """A service with a user of its own cannot have root's sweep remove what it could not remove itself."""
+    one = Journal("ztun0")
+    beside, elsewhere = directory / "ztun0.sock", directory.parent / "somebody.sock"
+    one.open([beside, elsewhere])
+    die(one)
+    for path in (beside, elsewhere):
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(path))
+    [file] = directory.glob("*.state")
+    os.chown(directory, 4711, -1)
+    os.chown(file, 4711, -1)
+    sweep("ztun0")
+    assert elsewhere.exists()
+    assert not beside.exists()

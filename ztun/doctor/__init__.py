@@ -18,7 +18,7 @@ from ztun.errors import ZtunError
 
 __all__ = ["CHECKS", "Finding", "Level", "Scene", "examine"]
 
-log = structlog.get_logger("ztun.doctor")
+log = structlog.get_logger("ztun.app")
 
 Check = Callable[[Scene], Finding | Awaitable[Finding]]
 

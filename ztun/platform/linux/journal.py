@@ -334,15 +334,20 @@ def _is_still_there(fd: int, path: Path) -> bool:
 
 def _read(fd: int, path: Path) -> Record:
     """The record of an open file, one of no time if it is empty. Raises ValueError, why it is not ours, or OSError."""
-    if os.fstat(fd).st_uid not in (0, os.geteuid(), path.parent.stat().st_uid):
+    owner = os.fstat(fd).st_uid
+    if owner not in (0, os.geteuid(), path.parent.stat().st_uid):
         raise ValueError("it belongs to another user")
     data = os.pread(fd, _MOST_BYTES, 0)
     if not data:  # killed before the first word
         return Record(path.name.rpartition("-")[0])
     try:
-        return _parse(json.loads(data))
+        record = _parse(json.loads(data))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(repr(error)) from error
+    if owner not in (0, os.geteuid()):
+        # A user of its own cannot have us remove what that user could not: in a directory that is theirs they can.
+        record.files = [name for name in record.files if Path(name).parent == path.parent]
+    return record
 
 
 def _parse(found: dict[str, Any]) -> Record:
