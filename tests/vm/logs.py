@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 
-from vm.guest import Guest, Machines
+from vm.guest import Guest, Machines, at_once
 
 _COMMANDS = {
     "journal": "journalctl --no-pager --output=short-monotonic",
@@ -31,13 +32,16 @@ def collect(machines: Machines, image: str) -> None:
     """Write what each machine has to say into logs/IMAGE/MACHINE-WHAT.log. Whatever cannot be had is left out."""
     target = directory() / image
     target.mkdir(parents=True, exist_ok=True)
-    for guest in machines.running():
-        if not guest.answers():
-            continue
-        for what, command in {**_COMMANDS, **(_GATEWAY if guest.name == "gateway" else {})}.items():
-            (target / f"{guest.name}-{what}.log").write_text(_said(guest, command))
+    at_once(*(partial(_collect_from, guest, target) for guest in machines.running()))
     for console in machines.consoles():
         (target / console.name).write_bytes(console.read_bytes())
+
+
+def _collect_from(guest: Guest, target: Path) -> None:
+    if not guest.answers():
+        return
+    for what, command in {**_COMMANDS, **(_GATEWAY if guest.name == "gateway" else {})}.items():
+        (target / f"{guest.name}-{what}.log").write_text(_said(guest, command))
 
 
 def _said(guest: Guest, command: str) -> str:

@@ -41,7 +41,8 @@ class TestTheUnit:
     def test_it_is_not_root_and_may_do_little(self, gateway: Guest) -> None:
         pid = main_pid(gateway)
         assert gateway.read(f"stat -c %u /proc/{pid}") != "0"
-        fields = dict(line.split(":\t", 1) for line in gateway.read(f"cat /proc/{pid}/status").splitlines())
+        lines = gateway.read(f"cat /proc/{pid}/status").splitlines()
+        fields = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
         for kind in ("CapPrm", "CapEff", "CapBnd"):
             assert int(fields[kind], 16) & ~_ALLOWED == 0, (kind, fields[kind])
         assert fields["NoNewPrivs"] == "1"
