@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-from ztun.ports import READABLE, WRITABLE, Poller
+from ztun.ports import READABLE, WRITABLE, Poller, ReadyHandler
 
 
 class LoopPoller(Poller, Protocol):
@@ -47,6 +47,45 @@ def complain(error: Exception) -> None:
     """A defect of ours costs the flow whose event it was; the others go on."""
     loop = asyncio.get_running_loop()
     loop.call_exception_handler({"message": "an event of a flow could not be handled", "exception": error})
+
+
+class Turns:
+    """What handlers that have more to do ask a poller for: another turn. A base of pollers, which call `_take` first in
+    `wait`, and `_give` in the end.
+
+    nested: the poller's own descriptor is watched by somebody else's event loop.
+    """
+
+    def __init__(self, *, nested: bool) -> None:
+        self._nested = nested
+        self._coming = False  # a look here is arranged
+        self._again: list[ReadyHandler] = []
+
+    def again(self, handler: ReadyHandler) -> None:
+        """See ztun.ports.Poller.again."""
+        if self._nested and not self._coming:  # somebody else's event loop looks here only when there is an event
+            self._coming = True
+            asyncio.get_running_loop().call_soon(self.wait, 0.0)
+        self._again.append(handler)
+
+    def wait(self, seconds: float) -> list[tuple[int, int]]:
+        """See LoopPoller.wait."""
+        raise NotImplementedError
+
+    def _take(self) -> list[ReadyHandler]:
+        """Those whose turn it is after the events that are there."""
+        self._coming = False
+        more = self._again
+        if more:
+            self._again = []
+        return more
+
+    def _give(self, more: list[ReadyHandler]) -> None:
+        for handler in more:
+            try:
+                handler(0)
+            except Exception as error:
+                complain(error)
 
 
 class PollerSelector(selectors.BaseSelector):

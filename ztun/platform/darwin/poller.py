@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from ztun.platform.darwin import numbers
-from ztun.platform.polling import PollerLoop, complain
+from ztun.platform.polling import PollerLoop, Turns, complain
 from ztun.platform.polling import poller_of as find_poller
 from ztun.ports import READABLE, WRITABLE, Poller, ReadyHandler
 
@@ -65,16 +65,14 @@ class Queue(Protocol):
     def close(self) -> None: ...
 
 
-class KqueuePoller:
+class KqueuePoller(Turns):
     """A ztun.ports.Poller. nested: its kqueue is itself watched by an event loop."""
 
     def __init__(self, queue: Queue, *, nested: bool = False) -> None:
+        super().__init__(nested=nested)
         self._queue = queue
-        self._nested = nested
-        self._coming = False  # a look here is arranged
         self._handlers: dict[int, ReadyHandler] = {}
         self._writing: set[int] = set()
-        self._again: list[ReadyHandler] = []
 
     def watch(self, fd: int, handler: ReadyHandler, *, writing: bool = False) -> None:
         """See ztun.ports.Poller.watch. Raises OSError where the kernel has no memory for one more."""
@@ -117,13 +115,6 @@ class KqueuePoller:
         """See ztun.ports.Poller.at_least: kqueue(2) could by NOTE_LOWAT, but forgets it with every change of mind."""
         return False
 
-    def again(self, handler: ReadyHandler) -> None:
-        """See ztun.ports.Poller.again."""
-        if self._nested and not self._coming:  # somebody else's event loop looks here only when there is an event
-            self._coming = True
-            asyncio.get_running_loop().call_soon(self.wait, 0.0)
-        self._again.append(handler)
-
     def disturb(self, fd: int) -> None:
         """Have the owner of a descriptor look at it: another file was put in its place, which kqueue does not know."""
         handler = self._handlers.get(fd)
@@ -153,10 +144,7 @@ class KqueuePoller:
 
     def wait(self, seconds: float) -> list[tuple[int, int]]:
         """See ztun.platform.polling.LoopPoller."""
-        self._coming = False
-        more = self._again
-        if more:
-            self._again = []
+        more = self._take()
         others = []
         get = self._handlers.get
         try:
@@ -172,11 +160,7 @@ class KqueuePoller:
                     complain(error)
         except InterruptedError:
             pass
-        for handler in more:
-            try:
-                handler(0)
-            except Exception as error:
-                complain(error)
+        self._give(more)
         return others
 
     def fileno(self) -> int:

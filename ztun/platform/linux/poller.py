@@ -10,7 +10,7 @@ import select
 import selectors
 import socket
 
-from ztun.platform.polling import PollerLoop, complain
+from ztun.platform.polling import PollerLoop, Turns, complain
 from ztun.platform.polling import poller_of as find_poller
 from ztun.ports import Poller, ReadyHandler
 
@@ -19,15 +19,13 @@ _EDGE_BOTH = _EDGE | select.EPOLLOUT
 _MOST_EVENTS = 256  # of one system call; those that are left come with the next
 
 
-class EpollPoller:
+class EpollPoller(Turns):
     """A ztun.ports.Poller. nested: its epoll object is itself watched by an event loop."""
 
     def __init__(self, *, nested: bool = False) -> None:
+        super().__init__(nested=nested)
         self.epoll = select.epoll()
-        self._nested = nested
-        self._coming = False  # a look here is arranged
         self._handlers: dict[int, ReadyHandler] = {}
-        self._again: list[ReadyHandler] = []
 
     def watch(self, fd: int, handler: ReadyHandler, *, writing: bool = False) -> None:
         """See ztun.ports.Poller.watch. Raises OSError where the kernel has no memory for one more."""
@@ -61,19 +59,9 @@ class EpollPoller:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
         return True
 
-    def again(self, handler: ReadyHandler) -> None:
-        """See ztun.ports.Poller.again."""
-        if self._nested and not self._coming:  # somebody else's event loop looks here only when there is an event
-            self._coming = True
-            asyncio.get_running_loop().call_soon(self.wait, 0.0)
-        self._again.append(handler)
-
     def wait(self, seconds: float) -> list[tuple[int, int]]:
         """Wait for events, at most so long (below 0: for ever), and deliver them. Returns those that nobody watches."""
-        self._coming = False
-        more = self._again
-        if more:
-            self._again = []
+        more = self._take()
         others = []
         get = self._handlers.get
         try:
@@ -88,11 +76,7 @@ class EpollPoller:
                     complain(error)
         except (InterruptedError, MemoryError):  # events that were not taken come again
             pass
-        for handler in more:
-            try:
-                handler(0)
-            except Exception as error:
-                complain(error)
+        self._give(more)
         return others
 
     # For asyncio.
