@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -28,11 +30,17 @@ def instance(lab: Lab) -> Ztun:
     return running[0] if running and "backend" not in running[0].config["capture"] else start(lab, BASE)
 
 
+def _tun_of(instance: Ztun) -> str:
+    """What the kernel calls the file: seen from a chroot, a process in another mount namespace has a longer name."""
+    descriptors = Path(f"/proc/{instance.pid}/fd").iterdir()
+    return next(name for each in descriptors if (name := os.readlink(each)).endswith("/dev/net/tun"))
+
+
 @contextlib.contextmanager
 def failing(lab: Lab, instance: Ztun, call: str, error: str, when: str) -> Iterator[None]:
     """Calls on the TUN fail: `when` as strace(1) counts them, "3+5" the third and every fifth after that."""
     log = lab.directory / "strace.log"
-    arguments = ["-p", str(instance.pid), "-o", str(log), "-P", "/dev/net/tun", "-e", f"trace={call}"]
+    arguments = ["-p", str(instance.pid), "-o", str(log), "-P", _tun_of(instance), "-e", f"trace={call}"]
     argv = ["strace", "-f", *arguments, "-e", f"inject={call}:error={error}:when={when}"]
     tracer = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
     assert tracer.stderr is not None
@@ -84,8 +92,11 @@ def test_a_tun_that_cannot_be_read_for_two_seconds_costs_no_time(lab: Lab, insta
 
 @BACKENDS
 def test_a_tun_that_is_removed_or_set_down_again_and_again_under_load(lab: Lab, backend: str) -> None:
-    """Clients notice nothing but a moment without answers, or that they go direct for it."""
-    instance = start(lab, {**BASE, "capture": {"backend": backend}})
+    """Clients notice nothing but a moment without answers, or that they go direct for it.
+
+    One whose last word went direct is asked whether it lives, and says that it does not know of the connection.
+    """
+    instance = start(lab, {**BASE, "capture": {"backend": backend}, "pool": {"keepalive_interval": 1}})
     works(lab)
     before = at_rest(instance)
     digest = hashlib.sha256(lab.file(16).read_bytes()).hexdigest()
