@@ -257,4 +257,7 @@ def _answer(answer: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    # Who starts the tests in the background of a shell has them ignored (POSIX, 2.11), and children inherit that.
+    for each in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(each, signal.SIG_DFL)
     serve()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ GATEWAY4 = "10.8.0.1"
 PORT = 80
 LIMIT = 10.0  # seconds, for machines that do other things too; what it took is returned
 _GET_FD_BY_ID = {"prog": 13, "map": 14, "link": 30}  # bpf(2): BPF_PROG_GET_FD_BY_ID and so on
+_PATIENCE = 120.0  # seconds for a run that was told to end
 _LAUNCHER = Path(__file__).with_name("kill_launcher.py")
 
 
@@ -171,6 +173,8 @@ class KillWorld:
     def _answer(self) -> dict[str, Any]:
         assert self._launcher is not None
         assert self._launcher.stdout is not None
+        ready, _, _ = select.select([self._launcher.stdout], [], [], _PATIENCE)
+        assert ready, f"the run does not end:\n{self.output()}"
         line = self._launcher.stdout.readline()
         assert line, (self.directory / "launcher").read_text()
         answer: dict[str, Any] = json.loads(line)
