@@ -27,6 +27,7 @@ def up(lab: Lab, config: dict[str, Any] | str, *arguments: str) -> subprocess.Co
     """`ztun up` on a configuration that it should not start with."""
     instance = lab.prepare()
     text = config if isinstance(config, str) else json.dumps(complete(config, instance.directory))
+    instance.config_path.touch(mode=0o600)
     instance.config_path.write_text(text)
     return instance.command("up", "--config", str(instance.config_path), *arguments, check=False, timeout=20)
 
@@ -134,6 +135,7 @@ def test_without_root_it_says_so(lab: Lab) -> None:
     instance = lab.prepare()
     instance.write(complete({}, instance.directory))
     instance.directory.chmod(0o777)
+    os.chown(instance.config_path, 65534, 65534)
     # It may read everything, since the repository may lie below /root; the rest of root's power is gone.
     power = [f"--{kind}=-all,+dac_read_search" for kind in ("inh-caps", "ambient-caps", "bounding-set")]
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *power]
