@@ -10,7 +10,7 @@ import asyncio
 import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import structlog
@@ -100,6 +100,7 @@ class Instance:
         self._sockets = platform.make_socket_factory(MARK)
         self._loops = LoopWatch(self._loop, self.parts, platform.make_own_flows(MARK))
         self._system_servers = SystemServers(self.parts)
+        self._next_beat = 0.0
         self._carries_direct = False  # what the classifier finds direct does not pass us by
 
     async def start(self) -> bool:
@@ -255,6 +256,7 @@ class Instance:
     def _capture(self) -> None:
         """The last step: from here on the clients' packets come to us."""
         self._beat()
+        platform.poller_of(self._loop).pulse = self._beat_in_time
         self.parts.require_classifier().attach()
         # Only now: what a dead instance keeps shut stays so until this one is there (capture.fail).
         self._tidy(platform.sweep)
@@ -270,7 +272,16 @@ class Instance:
         if self.parts.classifier is None:
             return
         self._loop.call_later(HEARTBEAT_INTERVAL, self._beat)
+        self._next_beat = self._loop.time() + HEARTBEAT_INTERVAL
         self.parts.classifier.heartbeat()
+
+    def _beat_in_time(self) -> None:
+        """After standing still, before a word to a client: its answer would pass us by, to a server that resets it."""
+        now = self._loop.time()
+        if now >= self._next_beat and self.parts.classifier is not None:
+            self._next_beat = now + HEARTBEAT_INTERVAL
+            with suppress(OSError):  # the next beat in time says so
+                self.parts.classifier.heartbeat()
 
     async def _keep_up(self, monitor: NetworkMonitor) -> None:
         """Follow the network from now on."""

@@ -387,7 +387,12 @@ ENDED = 0x201A
 
 
 class Poller(Protocol):
-    """Tells the owners of descriptors when they are ready. A mask is a hint: only a system call tells the truth."""
+    """Tells the owners of descriptors when they are ready. A mask is a hint: only a system call tells the truth.
+
+    pulse: called after each wait, before anybody is told of anything.
+    """
+
+    pulse: Callable[[], None]
 
     def watch(self, fd: int, handler: ReadyHandler, *, writing: bool = False) -> None:
         """Tell `handler` once each time that there is news: new bytes, the end, and, when `writing`, room to write.

@@ -107,6 +107,18 @@ async def test_bytes_are_told_once_whether_they_are_read_or_not() -> None:
         assert owner.told == [READABLE] * 2
 
 
+async def test_the_pulse_comes_before_the_news() -> None:
+    """Whoever stood still says that he lives before he says anything else."""
+    order: list[str] = []
+    poller().pulse = lambda: order.append("pulse")
+    with pairs() as [(near, far)]:
+        poller().watch(near.fileno(), lambda mask: order.append("news"))
+        far.send(HELLO)
+        await settle()
+    assert "news" in order
+    assert order[order.index("news") - 1] == "pulse"
+
+
 async def test_what_was_there_before_it_was_watched_is_news() -> None:
     owner = Owner()
     with pairs() as [(near, far)]:

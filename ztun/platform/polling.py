@@ -60,6 +60,7 @@ class Turns:
         self._nested = nested
         self._coming = False  # a look here is arranged
         self._again: list[ReadyHandler] = []
+        self.pulse: Callable[[], None] = _nothing
 
     def again(self, handler: ReadyHandler) -> None:
         """See ztun.ports.Poller.again."""
@@ -86,6 +87,10 @@ class Turns:
                 handler(0)
             except Exception as error:
                 complain(error)
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 class PollerSelector(selectors.BaseSelector):

@@ -148,7 +148,9 @@ class KqueuePoller(Turns):
         others = []
         get = self._handlers.get
         try:
-            for event in self._queue.wait(_MOST_EVENTS, 0.0 if more else None if seconds < 0 else seconds):
+            events = self._queue.wait(_MOST_EVENTS, 0.0 if more else None if seconds < 0 else seconds)
+            self.pulse()
+            for event in events:
                 mask = mask_of(event)
                 handler = get(event.ident)
                 if handler is None:

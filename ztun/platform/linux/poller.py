@@ -65,7 +65,9 @@ class EpollPoller(Turns):
         others = []
         get = self._handlers.get
         try:
-            for event in self.epoll.poll(0.0 if more else seconds, _MOST_EVENTS):
+            events = self.epoll.poll(0.0 if more else seconds, _MOST_EVENTS)
+            self.pulse()
+            for event in events:
                 handler = get(event[0])
                 if handler is None:
                     others.append(event)
