@@ -96,7 +96,9 @@ class Systemd:
 
     def run(self, *argv: str, check: bool = True, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """A program inside, as root."""
-        return run(["nsenter", "-t", str(self._init), "-m", "-p", "-n", "-r", "-w", *argv], check=check, timeout=timeout)
+        return run(
+            ["nsenter", "-t", str(self._init), "-m", "-p", "-n", "-r", "-w", *argv], check=check, timeout=timeout
+        )
 
     def systemctl(self, *arguments: str, check: bool = True) -> str:
         """What systemctl(1) printed."""

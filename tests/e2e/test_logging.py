@@ -25,7 +25,7 @@ from ztun.lab.ztun import command, complete
 DOCUMENT = Path(__file__).parents[2] / "docs" / "logging.md"
 TYPES = {"text": str, "number": int | float, "text, null": str | None}
 # Figures that other metrics give in a different form.
-TOLD_OTHERWISE = {"tcp.packets", "udp.packets", "icmp.packets", "pid"}
+TOLD_OTHERWISE = {"tcp.packets", "udp.packets", "icmp.packets", "pid", "privileges.user"}
 
 
 class Instance:

@@ -100,6 +100,7 @@ ROWS = (
     Row("ztun_memory_held_bytes", "gauge", "memory.held", "Bytes that TCP flows hold: windows' content and buffers"),
     Row("ztun_memory_limit_bytes", "gauge", "memory.limit", "At most, see limits.memory"),
     Row("ztun_device_reads", "counter", "device.read", "Packets read from the TUN device"),
+    Row("ztun_device_read_errors", "counter", "device.read_errors", "Errors of the TUN device that passed"),
     Row("ztun_device_writes", "counter", "device.written", "Packets written to the TUN device"),
     Row("ztun_device_writes_refused", "counter", "device.refused", "Packets that the TUN device did not take"),
     Row("ztun_log_lines_written", "counter", "log.written", "Log lines that were written"),

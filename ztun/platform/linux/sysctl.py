@@ -17,6 +17,7 @@ log = structlog.get_logger("ztun.app")
 _ROOT = Path("/proc/sys/net")
 _OF_INTERFACES = ("conf", "neigh")
 _OF_NONE = ("all", "default")
+_RENAMES = 3  # of one interface while its settings are put back
 
 
 def read(key: str) -> str | None:
@@ -104,10 +105,15 @@ class PutBack(NamedTuple):
 
 def put_back(changes: Iterable[Change]) -> PutBack:
     """Undo the changes, the last first, where the value is still ours and the interface still there."""
-    todo, left = sort_out(changes)
-    for key, value in reversed(todo):
-        _write(key, value)
-    return PutBack([key for key, _ in todo], left)
+    changes = list(changes)
+    restored: list[str] = []
+    for _ in range(_RENAMES):
+        todo, left = sort_out(changes)
+        written = [key for key, value in reversed(todo) if _write(key, value)]
+        restored += reversed(written)
+        if len(written) == len(todo):
+            break  # else an interface is gone or got another name since we asked for it
+    return PutBack(restored, left)
 
 
 def sort_out(changes: Iterable[Change]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -160,8 +166,9 @@ def _name_now(change: Change) -> str | None:
     return f"{family}/{kind}/{name}/{key}"
 
 
-def _write(key: str, value: str) -> None:
+def _write(key: str, value: str) -> bool:
     try:
         (_ROOT / key).write_text(value)
     except OSError:
-        pass  # its interface is gone, and the setting with it
+        return False
+    return True
