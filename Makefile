@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 PACKAGES := python3 python3-bpfcc python3-venv linux-libc-dev iproute2 curl procps openssl util-linux \
 	'?dante-server' microsocks tinyproxy dnsmasq-base nginx-light bind9-dnsutils \
 	iperf3 wrk bpftool nftables tcpdump ethtool iputils-ping netcat-openbsd socat systemd strace
+# For tests of scripts; machines of users have no need of them.
+TEST_PACKAGES := shellcheck ruby
 comma := ,
 SYSTEM_STAMP := $(VENV)/.system
 DEV_STAMP := $(VENV)/.dev
