@@ -31,7 +31,8 @@ def test_the_sum_is_the_loops_sum(data: bytes, start: int) -> None:
 
 @given(st.binary(min_size=1, max_size=2000).filter(any))
 def test_the_field_is_what_scapy_writes(data: bytes) -> None:
-    assert checksum.finish(checksum.ones_sum(data)) == scapy_checksum(data)
+    # Both zeros of one's complement arithmetic are right, and of data that are all ones scapy writes the other one.
+    assert checksum.finish(checksum.ones_sum(data)) % 0xFFFF == scapy_checksum(data) % 0xFFFF
 
 
 @given(st.binary(min_size=4, max_size=200), st.integers(0, 98))
