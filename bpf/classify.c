@@ -92,6 +92,16 @@ static __always_inline bool gateway_is_dead(void)
 	return beat && (__s64)(bpf_ktime_get_ns() - *beat) > STALE_NS;
 }
 
+/* What becomes of a packet that is not direct when nobody is there to take it (capture.fail); 0: go on. */
+static __always_inline int judge_without_gateway(__u32 flags, int verdict, __u32 octets)
+{
+	if (!gateway_is_dead())
+		return 0;
+	if (!(flags & SETTING_FAIL_CLOSED))
+		return pass(PASS_FAIL_OPEN, octets);
+	return verdict == VERDICT_TUNNEL ? drop(DROP_GATEWAY_DEAD, octets) : 0;
+}
+
 static __always_inline struct decision *find_decision4(struct packet *packet)
 {
 	struct prefix4 prefix = {.length = 32, .address = packet->destination4};
@@ -287,7 +297,7 @@ static __always_inline int classify(struct __sk_buff *skb, __u32 link_header)
 	struct packet packet = {.length = network_length(skb, link_header)};
 	__u32 index = 0;
 	struct settings *setting = settings.lookup(&index);
-	int verdict = VERDICT_DROP, result;
+	int verdict = VERDICT_DROP, result, dead;
 	__s32 rule;
 
 	if (!setting || is_not_ours(skb, setting))
@@ -308,12 +318,9 @@ static __always_inline int classify(struct __sk_buff *skb, __u32 link_header)
 	}
 	if (verdict == VERDICT_TUNNEL && is_answer(skb, &packet))
 		return pass(PASS_ANSWERS, packet.length);
-	if (gateway_is_dead()) {
-		if (!(setting->flags & SETTING_FAIL_CLOSED))
-			return pass(PASS_FAIL_OPEN, packet.length);
-		if (verdict == VERDICT_TUNNEL)
-			return drop(DROP_GATEWAY_DEAD, packet.length);
-	}
+	dead = judge_without_gateway(setting->flags, verdict, packet.length);
+	if (dead)
+		return dead;
 	if (verdict == VERDICT_TUNNEL)
 		return tunnel(skb, &packet, setting->tun_ifindex, link_header);
 	return drop(result < 0 ? REASON(result) : DROP_RULE, packet.length);
@@ -553,7 +560,7 @@ static __always_inline int judge_leaving(struct __sk_buff *skb, __u32 link_heade
 	struct flow flow = {};
 	enum kind kind;
 	__s32 rule = RULE_BUILTIN;
-	int verdict;
+	int verdict, dead;
 
 	if (!exit || !setting || (skb->vlan_present && (skb->vlan_tci & 0xfff)))
 		return GO_ON;
@@ -580,12 +587,9 @@ static __always_inline int judge_leaving(struct __sk_buff *skb, __u32 link_heade
 		count(COUNTER_HOST + HOST_DIRECT, packet.length);
 		return GO_ON;
 	}
-	if (gateway_is_dead()) {
-		if (!(setting->flags & SETTING_FAIL_CLOSED))
-			return pass(PASS_FAIL_OPEN, packet.length);
-		if (verdict == VERDICT_TUNNEL)
-			return drop(DROP_GATEWAY_DEAD, packet.length);
-	}
+	dead = judge_without_gateway(setting->flags, verdict, packet.length);
+	if (dead)
+		return dead;
 	if (verdict == VERDICT_TUNNEL)
 		return tunnel_host(skb, &packet, setting->tun_ifindex, link_header);
 	count(COUNTER_HOST + HOST_DROP, packet.length);

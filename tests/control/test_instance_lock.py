@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ztun.control import lock
+from ztun import lockfiles
 from ztun.control.claims import Claim
 from ztun.control.lock import AlreadyRunning, InstanceLock
 from ztun.errors import ZtunError
@@ -117,14 +117,14 @@ def test_a_lock_file_removed_between_open_and_lock_is_made_again(
 ) -> None:
     """The former holder unlinks its file while we wait at the door: locking the orphan would let a third one in."""
     socket_path = tmp_path / "control.sock"
-    flock = lock.fcntl.flock
+    flock = lockfiles.fcntl.flock
 
     def unlink_first(fd: int, operation: int) -> None:
-        monkeypatch.setattr(lock.fcntl, "flock", flock)
+        monkeypatch.setattr(lockfiles.fcntl, "flock", flock)
         (tmp_path / "control.sock.lock").unlink()
         flock(fd, operation)
 
-    monkeypatch.setattr(lock.fcntl, "flock", unlink_first)
+    monkeypatch.setattr(lockfiles.fcntl, "flock", unlink_first)
     instance = InstanceLock(socket_path)
     instance.acquire()
     with pytest.raises(AlreadyRunning, match=f"as pid {os.getpid()}"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from rich.text import Text
 
 from ztun.cli.output import make_console, print_paragraph
 from ztun.cli.streams import to_json
-from ztun.config import Settings, load
+from ztun.cli.up import option_environment
+from ztun.config import load
 from ztun.doctor import Finding, Level, Scene, examine
 
 _STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}
@@ -31,7 +31,7 @@ def run_doctor(
     json: bool,
 ) -> int:
     """Print what was found. Returns 0 when nothing is a problem, else 1. Raises ConfigError for wrong settings."""
-    settings = _read(config, proxy, lan, host, socket)
+    settings = load(config, option_environment(socket), proxy=proxy, lan=lan, host=host)
     from ztun.log.system import LogOptions, log_system
 
     log_system.configure(LogOptions(level=log_level or "error"))
@@ -43,13 +43,6 @@ def run_doctor(
     else:
         _show(make_console(), findings, counts)
     return 1 if counts[Level.PROBLEM] else 0
-
-
-def _read(config: Path | None, proxy: str | None, lan: Sequence[str], host: bool, socket: Path | None) -> Settings:
-    environment = dict(os.environ)
-    if socket is not None:
-        environment["ZTUN_CONTROL__SOCKET"] = str(socket.absolute())
-    return load(config, environment, proxy=proxy, lan=lan, host=host)
 
 
 def _describe(findings: Sequence[Finding], counts: Counter[Level]) -> dict[str, Any]:

@@ -54,15 +54,20 @@ def read_settings(
     host: bool = False,
 ) -> Settings:
     """The settings with the options over them. Raises ConfigError, also when there is nothing to do."""
+    settings = load(config, option_environment(socket, log_level), proxy=proxy, lan=lan, host=host)
+    if config is None and not settings.outbounds and not settings.route.rules:
+        raise ConfigError("nothing to do: give --config FILE or --proxy URL; see `ztun up --help`")
+    return settings
+
+
+def option_environment(socket: Path | None, log_level: str | None = None) -> dict[str, str]:
+    """The environment with these options over it."""
     environment = dict(os.environ)
     if socket is not None:
         environment["ZTUN_CONTROL__SOCKET"] = str(socket.absolute())
     if log_level is not None:
         environment["ZTUN_LOG__LEVEL"] = log_level
-    settings = load(config, environment, proxy=proxy, lan=lan, host=host)
-    if config is None and not settings.outbounds and not settings.route.rules:
-        raise ConfigError("nothing to do: give --config FILE or --proxy URL; see `ztun up --help`")
-    return settings
+    return environment
 
 
 def warn_of_file(config: Path | None, settings: Settings) -> None:

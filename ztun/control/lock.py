@@ -6,14 +6,13 @@ are free once the process ends, however it ends. What is claimed in the network 
 
 from __future__ import annotations
 
-import fcntl
-import os
 import socket
 import struct
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from ztun import lockfiles
 from ztun.control.claims import Claim, Claims
 from ztun.errors import ZtunError
 
@@ -85,12 +84,7 @@ class InstanceLock:
 
     def release(self) -> None:
         """Give the lock back and remove what it left in the file system. Idempotent."""
-        while self._held:
-            fd, path = self._held.pop()
-            # Unlinked while still locked: whoever opened this file meanwhile sees that it is gone and starts over.
-            with suppress(OSError):
-                path.unlink()
-            os.close(fd)
+        lockfiles.remove(self._held)
         self._claims.release()
         for directory in reversed(self._made):
             with suppress(OSError):
@@ -126,26 +120,9 @@ def peer_pid(connection: socket.socket) -> int:
 
 
 def _lock_file(path: Path) -> int:
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
-            os.close(fd)
-            raise AlreadyRunning.of(holder) from None
-        except OSError:
-            os.close(fd)
-            raise
-        if _is_still_there(fd, path):
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-            return fd
-        os.close(fd)  # the former holder removed it between our open and our lock
-
-
-def _is_still_there(fd: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False
+        fd = lockfiles.open_locked(path, 0o644)
+    except lockfiles.HeldError as error:
+        raise AlreadyRunning.of(error.holder) from None
+    lockfiles.sign(fd)
+    return fd

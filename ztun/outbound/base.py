@@ -334,6 +334,10 @@ class ProxyOutbound(BaseOutbound):
     def forget_connections(self) -> None:
         """See `ztun.ports.Outbound.forget_connections`."""
         self.datagrams.forget()
+        self._forget_waiting()
+
+    def _forget_waiting(self) -> None:
+        """Those that wait lead nowhere, or are not as they should be now: greeted, or not."""
         if self._pool is not None:
             self._pool.drop()
 

@@ -7,17 +7,16 @@ import socket
 import time
 from collections.abc import Callable
 from enum import Enum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from ztun.outbound import tcp
 from ztun.outbound.associate import AssociateLink
-from ztun.outbound.base import FailureHandler, Link, ProxyOutbound, Tools
+from ztun.outbound.base import FailureHandler, Link, ProxyOutbound
 from ztun.outbound.dial import Dial, Dialogue, Stage
 from ztun.outbound.names import proxy_name
 from ztun.outbound.resolving import resolved
 from ztun.outbound.together import Together
-from ztun.outbound.verdict import DatagramVerdict
 from ztun.ports import DatagramHandler, Destination, Dialling, Failure, OutboundError
 
 _VERSION = 5
@@ -240,17 +239,9 @@ class Socks5Outbound(ProxyOutbound):
 
     type = "socks5"
 
-    def __init__(
-        self,
-        tag: str,
-        host: str,
-        port: int,
-        credentials: tuple[str, str] | None,
-        tools: Tools,
-        udp: DatagramVerdict,
-    ) -> None:
-        super().__init__(tag, host, port, credentials, tools, udp)
-        self._together = Together(self._ask_for_nothing, self._forget_waiting)
+    @cached_property
+    def _together(self) -> Together:
+        return Together(self._ask_for_nothing, self._forget_waiting)
 
     def _dialogue(self, destination: Destination, *, greeted: bool = False) -> Dialogue:
         request, together = connect_request(destination), self._together.may()
@@ -273,11 +264,6 @@ class Socks5Outbound(ProxyOutbound):
             answered(dialogue.code is not None if dialogue.asked else None)
 
         return self._dial(dialogue, connected, failed, counted=False)
-
-    def _forget_waiting(self) -> None:
-        """Those that wait were greeted, and are to be no more; or the other way round."""
-        if self._pool is not None:
-            self._pool.drop()
 
     def warm_up(self) -> None:
         """See `ztun.ports.Outbound.warm_up`."""

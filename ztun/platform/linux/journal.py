@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import structlog
 
+from ztun import lockfiles
 from ztun.errors import ZtunError
 
 log = structlog.get_logger("ztun.app")
@@ -34,6 +35,7 @@ SUFFIX = ".state"
 _VERSION = 1
 _MOST_BYTES = 1 << 22
 _PATIENCE = 10
+_MODE = 0o600
 _SO_NETNS_COOKIE = 71  # asm-generic/socket.h, Linux 5.14
 # Keys of /proc/sys/net that ztun may have written; nothing else is believed of a file.
 _KEY = re.compile(r"ipv[46]/(?:[a-z0-9_]+|(?:conf|neigh)/(?!\.{1,2}/)[^/\s]{1,15}/[a-z0-9_]+)")
@@ -282,7 +284,7 @@ def _look(path: Path) -> Found | None:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             alive = True
-        alive = alive or not _is_still_there(fd, path)
+        alive = alive or not lockfiles.is_still_there(fd, path)
         try:
             return Found(path, _read(fd, path), alive)
         except ValueError as error:
@@ -301,35 +303,13 @@ def _make(directory: Path) -> bool:
     return True
 
 
-def _lock(path: Path, *, create: bool = True) -> int:
-    """Raises BlockingIOError when somebody has it, OSError."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if create else 0)
-    while True:
-        fd = os.open(path, flags, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_still_there(fd, path):
-                return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)  # another file took its place between our open and our lock
-
-
 def _lock_patiently(path: Path, *, create: bool = True) -> int:
-    """As `_lock`; somebody who only looks is gone in a moment."""
+    """As `lockfiles.open_locked`; somebody who only looks is gone in a moment."""
     for _ in range(_PATIENCE):
-        with suppress(BlockingIOError):
-            return _lock(path, create=create)
+        with suppress(lockfiles.HeldError):
+            return lockfiles.open_locked(path, _MODE, create=create)
         time.sleep(0.01)
-    return _lock(path, create=create)
-
-
-def _is_still_there(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
-    except FileNotFoundError:
-        return False
+    return lockfiles.open_locked(path, _MODE, create=create)
 
 
 def _read(fd: int, path: Path) -> Record:
