@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -38,10 +40,8 @@ def test_what_the_kernel_does_not_have_is_not_set(world: World) -> None:
 
 
 def test_before_linux_6_17_ipv6_forwarding_is_one_switch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Sysctls.set
-    monkeypatch.setattr(
-        Sysctls, "set", lambda self, key, value: "force_forwarding" not in key and original(self, key, value)
-    )
+    original = sysctl.read
+    monkeypatch.setattr(sysctl, "read", lambda key: None if "force_forwarding" in key else original(key))
     write("ipv6/conf/wan0/accept_ra", "1")  # its default route comes from router advertisements
     write("ipv6/conf/lan0/forwarding", "1")  # one interface's own
     before = {key: sysctl.read(key) for key in KEYS}
@@ -49,3 +49,20 @@ def test_before_linux_6_17_ipv6_forwarding_is_one_switch(world: World, monkeypat
         assert sysctl.read("ipv6/conf/all/forwarding") == "1"
         assert sysctl.read("ipv6/conf/wan0/accept_ra") == "2"
     assert {key: sysctl.read(key) for key in KEYS} == before
+
+
+def test_settings_of_an_interface_that_gets_another_name_at_that_moment_are_put_back(world: World) -> None:
+    """The kernel tells of the name before it moves the settings to it."""
+    key, names = "ipv6/conf/{}/accept_ra", ["lan0", "lan9"]
+    index = socket.if_nametoindex("lan0")
+    original = sysctl.read(key.format("lan0"))
+    for turn in range(60):
+        old, new = names[turn % 2], names[1 - turn % 2]
+        settings = Sysctls()
+        assert settings.set(key.format(old), "2")
+        renaming = subprocess.Popen(["ip", "link", "set", old, "name", new])
+        while socket.if_indextoname(index) == old:
+            pass
+        settings.let_go(old, new)
+        assert renaming.wait() == 0
+        assert sysctl.read(key.format(new)) == original, f"turn {turn}"

@@ -239,7 +239,9 @@ class RoutesClassifier:
         """Replies from the TUN are forwarded by the kernel, here by interface and not for the whole host."""
         self._sysctls.set(f"ipv4/conf/{ifname}/forwarding", "1")
         # Linux 6.17; before, IPv6 has one switch for all interfaces.
-        if not self._sysctls.set(f"ipv6/conf/{ifname}/force_forwarding", "1"):
+        if sysctl.read("ipv6/conf/default/force_forwarding") is not None:
+            self._sysctls.set(f"ipv6/conf/{ifname}/force_forwarding", "1")
+        else:
             self._allow_forwarding6()
 
     def _allow_forwarding6(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ _ROOT = Path("/proc/sys/net")
 _OF_INTERFACES = ("conf", "neigh")
 _OF_NONE = ("all", "default")
 _RENAMES = 3  # of one interface while its settings are put back
+_PATIENCE = 20  # milliseconds
 
 
 def read(key: str) -> str | None:
@@ -40,7 +42,7 @@ class Sysctls:
 
     def set(self, key: str, value: str) -> bool:
         """Set one key. False when the kernel does not have it or does not let us."""
-        before = read(key)
+        before = _read_when_there(key)
         if before is None:
             return False
         if before == value:
@@ -125,11 +127,11 @@ def sort_out(changes: Iterable[Change]) -> tuple[list[tuple[str, str]], list[str
     left = []
     for key, ours in by_key.items():
         name, before = _name_now(ours[-1]), ours[0].before
-        value = read(name) if name is not None else None
+        value = _read_when_there(name) if name is not None else None
         if name is None or value is None:
             continue  # gone with its interface
         # What is written to `all` is written to each interface, so half an undoing shows there as well.
-        undone = {by_key[of_all][0].before} if (of_all := _key_of_all(key)) in by_key else set()
+        undone = {by_key[of_all][0].before} if (of_all := _key_of("all", key)) in by_key else set()
         if value in {ours[-1].after} | undone:
             todo.append((name, before))
         elif value != before:
@@ -137,14 +139,28 @@ def sort_out(changes: Iterable[Change]) -> tuple[list[tuple[str, str]], list[str
     return todo, left
 
 
-def _key_of_all(key: str) -> str:
+def _key_of(name: str, key: str) -> str:
+    """The same setting of `name`: an interface, or all, or default. Empty when it is none of interfaces."""
     parts = key.split("/")
-    return "/".join([*parts[:2], "all", *parts[3:]]) if len(parts) == 4 else ""
+    return "/".join([*parts[:2], name, *parts[3:]]) if len(parts) == 4 else ""
 
 
 def dotted(key: str) -> str:
     """A key as sysctl(8) prints it. Dots in a name become slashes, as there."""
     return key.translate(str.maketrans("./", "/."))
+
+
+def _read_when_there(key: str) -> str | None:
+    """As `read`; who hears of an interface's name may be earlier than its settings, which are moved to that name after
+    all have been told (NETDEV_CHANGENAME in net/ipv4/devinet.c and net/ipv6/addrconf.c).
+    """
+    value = read(key)
+    for _ in range(_PATIENCE):
+        if value is not None or read(_key_of("default", key)) is None:
+            break
+        time.sleep(0.001)
+        value = read(key)
+    return value
 
 
 def _index_of(key: str) -> int:
@@ -162,8 +178,7 @@ def _name_now(change: Change) -> str | None:
         name = socket.if_indextoname(change.ifindex)
     except OSError:
         return None
-    family, kind, _, key = change.key.split("/")
-    return f"{family}/{kind}/{name}/{key}"
+    return _key_of(name, change.key)
 
 
 def _write(key: str, value: str) -> bool:
