@@ -1,7 +1,9 @@
 """`python -m bench.direct`: what direct traffic pays for the classifier, against plain forwarding.
 
-Rounds are interleaved: each measures forwarding without ztun and with each way of hooking BPF in, in an order that
-turns, and a ratio is taken within a round; the table has the medians. Run it on a quiet machine.
+Traffic runs on while the program of a running ztun is attached to the client's interface in one way, in the other and
+not at all, for a fraction of a second each and in an order that changes. A ratio is taken between neighbours in time:
+what else the machine does, and how a flow happens to lie on its cores, is in both. The table has the medians of many.
+Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -10,76 +12,105 @@ import argparse
 import contextlib
 import ctypes
 import json
+import math
 import os
-import signal
+import random
 import socket
 import statistics
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from bench.quiet import wait_for_quiet
 from ztun.lab import Lab, Ztun, plan
-from ztun.platform.linux.bpfcall import attributes, bpf
+from ztun.platform.linux import bpfcall
+from ztun.platform.linux.hooks import ClsactHook, TcxHook
 
 ROOT = Path(__file__).parents[1]
 PLAIN = "plain"
-SUBJECTS = (PLAIN, "tcx", "clsact")
+HOOKS: dict[str, Any] = {"tcx": TcxHook, "clsact": partial(ClsactHook, device="ztun0")}
+SUBJECTS = (PLAIN, *HOOKS)
+_SETTLE = 0.05  # seconds after a change that are not measured
 _PORT = 9999  # what arrives there is dropped
 _PAYLOAD = 18  # bytes: with IPv4, UDP and Ethernet headers the shortest frame there is, 60 bytes
 _BURST = 64  # datagrams of one system call
 _ENABLE_STATS = 32  # BPF_ENABLE_STATS, enum bpf_cmd
-_LIMIT = 0.97
+_GOAL = 0.97
 
-Cells = dict[str, float]
+Round = dict[str, float]
+"""Subject -> rate."""
 
 
-def measure(lab: Lab, seconds: float) -> Cells:
-    """Gbit/s of one and of eight flows up and down, thousands of small packets a second."""
-    cells: Cells = {}
+class Load(NamedTuple):
+    """Traffic between client and server, and where it is counted. factor: of the unit that is shown."""
+
+    name: str
+    argv: tuple[str, ...]
+    ifname: str
+    field: int  # of what is sent, in a line of proc(5)'s net/dev
+    factor: float
+
+
+def loads(seconds: float) -> list[Load]:
+    """What is measured; each runs for so long."""
+    iperf = ("iperf3", "-c", plan.DIRECT4, "-p", str(plan.IPERF_PORT), "-t", str(math.ceil(seconds)))
+    found = []
     for flows in (1, 8):
-        for direction in ("up", "down"):
-            cells[f"{flows} flow{'s' * (flows > 1)} {direction}, Gbit/s"] = _iperf(lab, flows, direction, seconds)
-    cells["small packets, 1000/s"] = _packets(lab, seconds)
-    return cells
+        for direction, ifname, options in (("up", "wan0", ()), ("down", "lan0", ("--reverse",))):
+            name = f"{flows} flow{'s' * (flows > 1)} {direction}, Gbit/s"
+            found.append(Load(name, (*iperf, "-P", str(flows), *options), ifname, 8, 8e-9))
+    small = (sys.executable, "-m", "bench.direct", "--send", str(seconds))
+    return [*found, Load("small packets, 1000/s", small, "wan0", 9, 1e-3)]
 
 
-def _iperf(lab: Lab, flows: int, direction: str, seconds: float) -> float:
-    argv = [
-        "iperf3",
-        "--json",
-        "-c",
-        plan.DIRECT4,
-        "-p",
-        str(plan.IPERF_PORT),
-        "-t",
-        str(max(round(seconds), 1)),
-        "-P",
-        str(flows),
-    ]
-    argv += ["--reverse"] * (direction == "down")
-    answer = json.loads(lab.client.run(*argv, check=False, timeout=seconds + 30).stdout)
-    if "error" in answer:
-        raise RuntimeError(f"iperf3: {answer['error']}")
-    return float(answer["end"]["sum_received"]["bits_per_second"]) / 1e9
+def sent(load: Load) -> int:
+    """Octets or packets that left by its interface, in the namespace of this thread."""
+    for line in Path("/proc/thread-self/net/dev").read_text().splitlines():
+        name, _, fields = line.partition(":")
+        if name.strip() == load.ifname:
+            return int(fields.split()[load.field])
+    raise LookupError(load.ifname)
 
 
-def _packets(lab: Lab, seconds: float) -> float:
-    """What left the gateway by wan0 while a client sent as many as it could, none of them merged (no GSO, no GRO)."""
-    before = _sent(lab)
-    done = lab.client.run(sys.executable, "-m", "bench.direct", "--send", str(seconds), cwd=ROOT, timeout=seconds + 30)
-    return (_sent(lab) - before) / float(done.stdout) / 1e3
+def measure(lab: Lab, program: int, load: Load, rounds: int, slice_: float) -> list[Round]:
+    """Each subject for `slice_` seconds, `rounds` times."""
+    found: list[Round] = []
+    order = list(SUBJECTS)
+    with (
+        lab.client.spawn(*load.argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running,
+        lab.gateway.entered(),
+    ):
+        try:
+            time.sleep(1)  # flows begin slowly
+            for _ in range(rounds):
+                random.shuffle(order)
+                found.append({name: _rate(program, name, load, slice_) for name in order})
+            if running.poll() is not None:
+                raise RuntimeError(f"{' '.join(load.argv)} ended with {running.returncode} before it was measured")
+        finally:
+            running.terminate()
+    return found
 
 
-def _sent(lab: Lab) -> int:
-    [link] = json.loads(lab.gateway.run("ip", "-j", "-s", "link", "show", "wan0").stdout)
-    return int(link["stats64"]["tx"]["packets"])
+def _rate(program: int, name: str, load: Load, slice_: float) -> float:
+    hook = HOOKS[name]("capture", program, "lan0") if name != PLAIN else None
+    try:
+        time.sleep(_SETTLE)
+        start, before = time.monotonic(), sent(load)
+        time.sleep(slice_)
+        return (sent(load) - before) * load.factor / (time.monotonic() - start)
+    finally:
+        if hook is not None:
+            hook.close()
 
 
 def send(seconds: float) -> None:
-    """Send datagrams to DIRECT4, `_BURST` a call (sendmmsg(2)); prints for how many seconds."""
+    """Send datagrams to DIRECT4, `_BURST` a call (sendmmsg(2)), as fast as the kernel takes them."""
     payload, libc = ctypes.create_string_buffer(_PAYLOAD), ctypes.CDLL(None, use_errno=True)
     vector = ctypes.create_string_buffer(struct.pack("@PN", ctypes.addressof(payload), _PAYLOAD))
     # struct msghdr: name, namelen, iov, iovlen, control, controllen, flags; and the length that was sent.
@@ -87,96 +118,98 @@ def send(seconds: float) -> None:
     messages = ctypes.create_string_buffer(message * _BURST)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.connect((plan.DIRECT4, _PORT))
-        start = now = time.monotonic()
-        while now < start + seconds:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
             for _ in range(64):
                 libc.sendmmsg(sock.fileno(), messages, _BURST, 0)
-            now = time.monotonic()
-    print(now - start)
 
 
-def cost(lab: Lab, instance: Ztun) -> Cells:
-    """Nanoseconds that the program on lan0 takes for a packet, by the kernel's own count (which costs time as well)."""
-    [number] = [one["id"] for one in instance.routes()["programs"] if one["name"].startswith("capture")]
-    stats = bpf(_ENABLE_STATS, attributes("=I", 0))
+def cost(lab: Lab, program: int) -> float:
+    """Nanoseconds that the program takes for a small packet, by the kernel's own count (which costs time as well)."""
+    stats = bpfcall.bpf(_ENABLE_STATS, bpfcall.attributes("=I", 0))
     try:
-        _packets(lab, 0.5)
+        with lab.gateway.entered():
+            hook = TcxHook("capture", program, "lan0")
+        lab.client.run(sys.executable, "-m", "bench.direct", "--send", "0.5", cwd=ROOT)
+        hook.close()
+        number = bpfcall.program_info(program).id
         [found] = [json.loads(lab.gateway.run("bpftool", "-j", "prog", "show", "id", str(number)).stdout)]
     finally:
         os.close(stats)
-    return {"classifier, ns a packet": found["run_time_ns"] / max(found["run_cnt"], 1)}
+    return float(found["run_time_ns"]) / max(found["run_cnt"], 1)
 
 
 @contextlib.contextmanager
-def subject(lab: Lab, name: str, prefixes: int) -> Iterator[Ztun | None]:
-    """ztun, or nothing, between the client and what it asks for directly. prefixes: of rules for other places."""
-    if name == PLAIN:
-        yield None
-        return
+def classifier(lab: Lab, prefixes: int) -> Iterator[int]:
+    """The program of a ztun that has a LAN without traffic. prefixes: of rules for other places."""
+    lab.gateway.ip("link add spare0 type veth peer name spare1", "link set spare0 up", "link set spare1 up")
     networks = [f"{20 + number // 65536}.{number // 256 % 256}.{number % 256}.0/24" for number in range(prefixes)]
     rules = [{"ip_cidr": [*networks, plan.SITE4], "outbound": "socks"}]
-    instance = lab.ztun({"capture": {"backend": name}, "route": {"rules": rules, "default": "direct"}})
+    capture = {"backend": "tcx", "lan": ["spare0"]}
+    instance: Ztun = lab.ztun({"capture": capture, "route": {"rules": rules, "default": "direct"}})
     try:
-        yield instance
+        [number] = [one["id"] for one in instance.routes()["programs"] if one["name"] == "capture"]
+        program = bpfcall.open_program(number)
+        try:
+            yield program
+        finally:
+            os.close(program)
     finally:
-        instance.stop(signal.SIGTERM)
+        instance.stop()
 
 
-def run(rounds: int, seconds: float, prefixes: int) -> dict[str, list[Cells]]:
-    """Subject -> the cells of each round."""
-    found: dict[str, list[Cells]] = {name: [] for name in SUBJECTS}
-    with Lab() as lab:
+def run(rounds: int, slice_: float, prefixes: int) -> tuple[dict[str, list[Round]], float]:
+    """Line of the table -> its rounds; nanoseconds a packet."""
+    found: dict[str, list[Round]] = {}
+    with Lab() as lab, classifier(lab, prefixes) as program:
         drop = f"table ip bench {{ chain in {{ type filter hook prerouting priority raw; udp dport {_PORT} drop; }}; }}"
         lab.upstream.run("nft", drop)
-        for number in range(rounds):
-            turn = number % len(SUBJECTS)
-            for name in SUBJECTS[turn:] + SUBJECTS[:turn]:
-                with subject(lab, name, prefixes) as instance:
-                    busy = wait_for_quiet()
-                    if busy is not None:
-                        print(f"  round {number + 1}, {name}: {busy:.0%} of the machine is busy", file=sys.stderr)
-                    cells = measure(lab, seconds)
-                    found[name].append(cells | (cost(lab, instance) if instance is not None else {}))
-    return found
+        for load in loads(rounds * len(SUBJECTS) * (slice_ + 2 * _SETTLE) + 10):
+            busy = wait_for_quiet()
+            if busy is not None:
+                print(f"  {load.name}: {busy:.0%} of the machine is busy", file=sys.stderr)
+            found[load.name] = measure(lab, program, load, rounds, slice_)
+        return found, cost(lab, program)
 
 
-def show(found: dict[str, list[Cells]]) -> bool:
-    """Print the table; whether throughput is within the limit."""
+def ratio(rounds: list[Round], name: str) -> tuple[float, float]:
+    """The median of a subject's ratios to plain forwarding, and how far off that may be (its standard error)."""
+    ratios = [one[name] / one[PLAIN] for one in rounds]
+    median = statistics.median(ratios)
+    deviation = 1.4826 * statistics.median(abs(each - median) for each in ratios)
+    return median, 1.2533 * deviation / math.sqrt(len(ratios))
+
+
+def show(found: dict[str, list[Round]], nanoseconds: float) -> bool:
+    """Print the table; whether throughput is as it should be."""
     is_good = True
-    print(f"{'':<26}" + "".join(f"{name:>10}" for name in SUBJECTS) + "".join(f"{name:>10}" for name in SUBJECTS[1:]))
-    for line in dict.fromkeys(line for rounds in found.values() for cells in rounds for line in cells):
-        medians = [
-            statistics.median([cells[line] for cells in found[name] if line in cells] or [0]) for name in SUBJECTS
-        ]
-        ratios = [_ratio(found[PLAIN], found[name], line) for name in SUBJECTS[1:]]
-        shown = "".join(f"{value:>10.2f}" if value else f"{'':>10}" for value in medians)
-        print(f"{line:<26}{shown}" + "".join(f"{ratio:>10.3f}" if ratio else f"{'':>10}" for ratio in ratios))
-        if line.endswith("Gbit/s"):
-            is_good &= all(ratio >= _LIMIT for ratio in ratios)
-    print(f"throughput {'is' if is_good else 'IS NOT'} at least {_LIMIT:.0%} of plain forwarding everywhere")
+    print(f"{'':<26}" + "".join(f"{name:>10}" for name in SUBJECTS) + "".join(f"{name:>16}" for name in HOOKS))
+    for line, rounds in found.items():
+        medians = [statistics.median(one[name] for one in rounds) for name in SUBJECTS]
+        ratios = [ratio(rounds, name) for name in HOOKS]
+        shown = "".join(f"{value:>10.2f}" for value in medians)
+        print(f"{line:<26}{shown}" + "".join(f"{f'{median:.3f} ±{error:.3f}':>16}" for median, error in ratios))
+        is_good &= all(median >= _GOAL for median, _ in ratios)
+    print(f"classifier: {nanoseconds:.0f} ns a packet")
+    print(f"{'at least' if is_good else 'NOT'} {_GOAL:.0%} of plain forwarding everywhere")
     return is_good
-
-
-def _ratio(plain: list[Cells], other: list[Cells], line: str) -> float:
-    pairs = [(mine[line], theirs[line]) for theirs, mine in zip(plain, other, strict=True) if line in theirs]
-    return statistics.median(mine / theirs for mine, theirs in pairs) if pairs else 0.0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.direct", description=__doc__.split("\n")[0])  # type: ignore[union-attr]
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--slice", type=float, default=0.2, help="seconds of each measurement")
     parser.add_argument("--prefixes", type=int, default=1000, help="in the rules")
-    parser.add_argument("--json", type=Path, help="write all cells there")
+    parser.add_argument("--json", type=Path, help="write all rounds there")
     parser.add_argument("--send", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.send is not None:
         send(options.send)
         return 0
-    found = run(options.rounds, options.seconds, options.prefixes)
+    found, nanoseconds = run(options.rounds, options.slice, options.prefixes)
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1))
-    return 0 if show(found) else 1
+    return 0 if show(found, nanoseconds) else 1
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ BPF_F_TABLE("lpm_trie", struct prefix6, struct decision, prefixes6, MAX_PREFIXES
 BPF_TABLE("lru_hash", u32, struct decision, learned4, MAX_LEARNED);
 BPF_TABLE("lru_hash", struct address6, struct decision, learned6, MAX_LEARNED);
 BPF_TABLE("hash", struct address6, u32, own, MAX_OWN);
+BPF_PERCPU_ARRAY(recents, struct recent, MAX_RECENT);
 BPF_TABLE("lru_hash", struct address6, struct client, clients, MAX_CLIENTS);
 /* Connections that a host of the LAN answered, and whether there were any: most gateways have none. */
 BPF_TABLE("lru_hash", struct flow, u32, answered, MAX_ANSWERED);
@@ -102,20 +103,25 @@ static __always_inline int judge_without_gateway(__u32 flags, int verdict, __u32
 	return verdict == VERDICT_TUNNEL ? drop(DROP_GATEWAY_DEAD, octets) : 0;
 }
 
-static __always_inline struct decision *find_decision4(struct packet *packet)
+static __always_inline struct decision *find_decision4(__be32 address)
 {
-	struct prefix4 prefix = {.length = 32, .address = packet->destination4};
-	struct decision *decision = learned4.lookup(&packet->destination4);
+	struct prefix4 prefix = {.length = 32, .address = address};
+	struct decision *decision = learned4.lookup(&address);
 
 	return decision ? decision : prefixes4.lookup(&prefix);
 }
 
-static __always_inline struct decision *find_decision6(struct packet *packet)
+static __always_inline struct decision *find_decision6(struct address6 *address)
 {
-	struct prefix6 prefix = {.length = 128, .address = packet->destination};
-	struct decision *decision = learned6.lookup(&packet->destination);
+	struct prefix6 prefix = {.length = 128, .address = *address};
+	struct decision *decision = learned6.lookup(address);
 
 	return decision ? decision : prefixes6.lookup(&prefix);
+}
+
+static __always_inline struct decision *find_decision(struct packet *packet)
+{
+	return packet->is_ipv4 ? find_decision4(packet->destination4) : find_decision6(&packet->destination);
 }
 
 /* fe80::/10 stays on its link whatever the rules say (RFC 4291, 2.5.6): neighbour discovery lives there. */
@@ -124,24 +130,95 @@ static __always_inline bool is_link_local(struct address6 *address)
 	return address->octets[0] == 0xfe && (address->octets[1] & 0xc0) == 0x80;
 }
 
-static __always_inline int decide(struct packet *packet, __u32 flags, __s32 *rule)
+static __always_inline bool is_query(struct packet *packet, __u32 flags)
+{
+	return (flags & SETTING_HIJACK_DNS) && !packet->is_fragment && packet->destination_port == bpf_htons(53);
+}
+
+/* hits: packets that are decided by this one. Leaves in `found` what decided. */
+static __always_inline int decide_anew(struct packet *packet, __u32 flags, __u32 hits, struct recent *found)
 {
 	struct decision *decision;
 
-	*rule = RULE_BUILTIN;
+	found->rule = RULE_BUILTIN;
 	if (own.lookup(&packet->destination) || (!packet->is_ipv4 && is_link_local(&packet->destination)))
 		return VERDICT_DIRECT;
-	if ((flags & SETTING_HIJACK_DNS) && !packet->is_fragment && packet->destination_port == bpf_htons(53)) {
-		*rule = RULE_DNS;
+	if (is_query(packet, flags)) {
+		found->rule = RULE_DNS;
 		return VERDICT_TUNNEL;
 	}
-	decision = packet->is_ipv4 ? find_decision4(packet) : find_decision6(packet);
-	*rule = RULE_DEFAULT;
+	decision = find_decision(packet);
+	found->rule = RULE_DEFAULT;
 	if (!decision)
 		return VERDICT_DIRECT;
-	__sync_fetch_and_add(&decision->hits, 1);
-	*rule = decision->rule;
+	__sync_fetch_and_add(&decision->hits, hits);
+	found->rule = decision->rule;
+	found->has_decision = 1;
 	return decision->verdict;
+}
+
+/* Where an address is among the recent ones of this CPU, whoever is there now. */
+static __always_inline struct recent *find_place(struct address6 *address)
+{
+	__u32 *words = (__u32 *)address;
+	__u32 place = (words[0] ^ words[1] ^ words[2] ^ words[3]) * 0x9e3779b1u >> (32 - RECENT_BITS);
+
+	return recents.lookup(&place);
+}
+
+static __always_inline bool is_same_address(struct address6 *one, struct address6 *other)
+{
+	__u32 *words = (__u32 *)one, *others = (__u32 *)other;
+
+	return !((words[0] ^ others[0]) | (words[1] ^ others[1]) | (words[2] ^ others[2]) | (words[3] ^ others[3]));
+}
+
+/* Tell of the hits of one that has to make room. */
+static __always_inline void settle(struct recent *recent)
+{
+	struct address6 address = recent->destination;
+	struct decision *decision;
+
+	if (!recent->has_decision || !recent->hits)
+		return;
+	if (is_mapped(&address))
+		decision = find_decision4(*(__be32 *)&address.octets[12]);
+	else
+		decision = find_decision6(&address);
+	if (decision)
+		__sync_fetch_and_add(&decision->hits, recent->hits);
+}
+
+/*
+ * Looking into hashes and tries takes longer than all the rest, and packets to one address come in runs: where the last
+ * ones went directly so does this one, until something changes. A few of them take the long way all the same, or what was
+ * learned would be forgotten as unused.
+ */
+static __always_inline int decide(struct packet *packet, struct settings *setting, __s32 *rule)
+{
+	struct recent now = {.destination = packet->destination, .generation = setting->generation};
+	struct recent *recent = find_place(&packet->destination);
+	__u32 hits = 1;
+	int verdict;
+
+	*rule = RULE_BUILTIN;
+	if (!recent)
+		return VERDICT_DROP; /* never: an array has all its elements */
+	if (recent->generation == now.generation && is_same_address(&recent->destination, &now.destination) &&
+	    !is_query(packet, setting->flags)) {
+		*rule = recent->rule;
+		if (++recent->hits < LONG_WAY)
+			return VERDICT_DIRECT;
+		hits = recent->hits;
+		recent->hits = 0;
+	}
+	verdict = decide_anew(packet, setting->flags, hits, &now);
+	*rule = now.rule;
+	if (verdict == VERDICT_DIRECT) {
+		settle(recent);
+		*recent = now;
+	}
+	return verdict;
 }
 
 /* A source that is nobody's address would have the answer sent to the wrong place, or to everybody. */
@@ -250,15 +327,17 @@ static __always_inline __u32 network_length(struct __sk_buff *skb, __u32 link_he
 	return skb->len > link_header ? skb->len - link_header : 0;
 }
 
-static __always_inline int parse(struct __sk_buff *skb, struct packet *packet)
+static __always_inline int parse(struct __sk_buff *skb, __u32 link_header, struct packet *packet)
 {
 	int result;
 
+	if (!link_header)
+		link_header = UNKNOWN_LINK_HEADER; /* slower than a header is read are all interfaces that have none */
 	if (skb->protocol == bpf_htons(ETH_P_IP))
-		result = parse_ipv4(skb, packet);
+		result = parse_ipv4(skb, link_header, packet);
 	else
-		result = parse_ipv6(skb, packet);
-	return result < 0 ? result : parse_ports(skb, packet);
+		result = parse_ipv6(skb, link_header, packet);
+	return result < 0 ? result : parse_ports(skb, link_header, packet);
 }
 
 static __always_inline bool has_fresh_arrival(struct flow *flow)
@@ -305,9 +384,9 @@ static __always_inline int classify(struct __sk_buff *skb, __u32 link_header)
 	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
 		return pass(PASS_OTHER, skb->len);
 
-	result = parse(skb, &packet);
+	result = parse(skb, link_header, &packet);
 	if (result >= 0) {
-		verdict = decide(&packet, setting->flags, &rule);
+		verdict = decide(&packet, setting, &rule);
 		count_rule(rule, packet.length);
 	}
 	if (verdict == VERDICT_DIRECT) {
@@ -421,9 +500,9 @@ static __always_inline struct decision *find_block(struct packet *packet, __u32 
 
 	if (own.lookup(&packet->destination) || (!packet->is_ipv4 && is_link_local(&packet->destination)))
 		return NULL;
-	if ((flags & SETTING_HIJACK_DNS) && !packet->is_fragment && packet->destination_port == bpf_htons(53))
+	if (is_query(packet, flags))
 		return NULL;
-	decision = packet->is_ipv4 ? find_decision4(packet) : find_decision6(packet);
+	decision = find_decision(packet);
 	return decision && decision->verdict == VERDICT_DROP ? decision : NULL;
 }
 
@@ -500,7 +579,7 @@ static __always_inline bool is_captured_flow(struct flow *flow, __s32 *rule)
 
 /* The verdict about what this host began to send; -1 - a pass reason for all else. */
 static __always_inline int judge(struct packet *packet, enum kind kind, struct flow *flow, struct piece *piece,
-				 __u32 flags, __s32 *rule)
+				 struct settings *setting, __s32 *rule)
 {
 	int verdict;
 
@@ -512,7 +591,7 @@ static __always_inline int judge(struct packet *packet, enum kind kind, struct f
 		return is_captured_flow(flow, rule) ? VERDICT_TUNNEL : DROPPED(PASS_UNCAPTURED);
 	if ((kind == KIND_UDP || kind == KIND_UDP_ERROR) && has_fresh_arrival(flow))
 		return DROPPED(PASS_UNCAPTURED);
-	verdict = decide(packet, flags, rule);
+	verdict = decide(packet, setting, rule);
 	if (kind == KIND_TCP_OPENING) {
 		if (verdict == VERDICT_TUNNEL)
 			flows.update(flow, rule);
@@ -566,7 +645,7 @@ static __always_inline int judge_leaving(struct __sk_buff *skb, __u32 link_heade
 		return GO_ON;
 	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
 		return GO_ON;
-	if (parse(skb, &packet) < 0 || !own.lookup(&packet.source))
+	if (parse(skb, link_header, &packet) < 0 || !own.lookup(&packet.source))
 		return GO_ON;
 	if (skb->mark)
 		return pass(PASS_MARKED, packet.length);
@@ -578,7 +657,7 @@ static __always_inline int judge_leaving(struct __sk_buff *skb, __u32 link_heade
 		piece.remote = packet.destination;
 		piece.id = find_piece_id(skb, &packet);
 	}
-	verdict = judge(&packet, kind, &flow, &piece, setting->flags, &rule);
+	verdict = judge(&packet, kind, &flow, &piece, setting, &rule);
 	if (verdict < 0)
 		return pass(REASON(verdict), packet.length);
 	count_rule(rule, packet.length);
@@ -616,7 +695,7 @@ int arrive(struct __sk_buff *skb)
 		return GO_ON;
 	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
 		return GO_ON;
-	if (parse(skb, &packet) >= 0)
+	if (parse(skb, UNKNOWN_LINK_HEADER, &packet) >= 0)
 		note_arrival(skb, &packet);
 	return GO_ON;
 }

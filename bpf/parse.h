@@ -2,8 +2,8 @@
 /*
  * IPv4 and IPv6 headers down to the ports of TCP and UDP.
  *
- * Everything is read with bpf_skb_load_bytes_relative() from the network header: that works for paged packets (GRO) and
- * for interfaces without a link-layer header (WireGuard, PPP) alike. Each parser checks its bounds, advances the offset
+ * What can be is read in place; all else with bpf_skb_load_bytes_relative() from the network header, which works for paged
+ * packets (GRO) and for interfaces without a link-layer header (WireGuard, PPP) alike. Each parser checks its bounds, advances the offset
  * and says what comes next; a negative answer is -1 - a drop reason.
  */
 #pragma once
@@ -40,6 +40,26 @@ static __always_inline int load(struct __sk_buff *skb, __u32 offset, void *to, _
 	return bpf_skb_load_bytes_relative(skb, offset, to, length, BPF_HDR_START_NET);
 }
 
+/* Octets in front of the network header: a constant, or the verifier could not tell. More than is ever read in place. */
+#define UNKNOWN_LINK_HEADER 0xfff
+
+/* `count` words at `offset` from the network header. */
+static __always_inline int read_words(struct __sk_buff *skb, __u32 link_header, __u32 offset, __u32 *to, __u32 count)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	__u32 *words, near = offset;
+
+	/* The verifier wants a bound that the compiler would find needless, and one pointer for check and use. */
+	asm volatile("" : "+r"(near));
+	words = data + link_header + (near & 0x3f);
+	asm volatile("" : "+r"(words));
+	if (offset > 60 || (void *)(words + count) > end)
+		return load(skb, offset, to, count * sizeof(*to));
+	for (int i = 0; i < count; i++)
+		to[i] = words[i];
+	return 0;
+}
+
 static __always_inline void map_ipv4(struct address6 *to, __be32 address)
 {
 	__builtin_memset(to, 0, 10);
@@ -47,14 +67,21 @@ static __always_inline void map_ipv4(struct address6 *to, __be32 address)
 	__builtin_memcpy(&to->octets[12], &address, 4);
 }
 
+static __always_inline bool is_mapped(struct address6 *address)
+{
+	__u32 *words = (__u32 *)address;
+
+	return !(words[0] | words[1] | (words[2] ^ bpf_htonl(0xffff)));
+}
+
 /* RFC 791, 3.1. The header checksum is left to whoever gets the packet. */
-static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *packet)
+static __always_inline int parse_ipv4(struct __sk_buff *skb, __u32 link_header, struct packet *packet)
 {
 	struct iphdr header;
 	__u32 header_length, total;
 	__u16 fragment;
 
-	if (load(skb, 0, &header, sizeof(header)))
+	if (read_words(skb, link_header, 0, (__u32 *)&header, sizeof(header) / 4))
 		return DROPPED(DROP_TRUNCATED);
 	if (header.version != 4)
 		return DROPPED(DROP_BAD_VERSION);
@@ -116,12 +143,12 @@ static __always_inline int parse_extension(struct __sk_buff *skb, struct packet 
 }
 
 /* RFC 8200, 3. */
-static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *packet)
+static __always_inline int parse_ipv6(struct __sk_buff *skb, __u32 link_header, struct packet *packet)
 {
 	struct ipv6hdr header;
 	__u32 total;
 
-	if (load(skb, 0, &header, sizeof(header)))
+	if (read_words(skb, link_header, 0, (__u32 *)&header, sizeof(header) / 4))
 		return DROPPED(DROP_TRUNCATED);
 	if (header.version != 6)
 		return DROPPED(DROP_BAD_VERSION);
@@ -143,12 +170,14 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *pack
 }
 
 /* The destination port stands in octets 2 and 3 of TCP (RFC 9293, 3.1) and UDP (RFC 768). */
-static __always_inline int parse_ports(struct __sk_buff *skb, struct packet *packet)
+static __always_inline int parse_ports(struct __sk_buff *skb, __u32 link_header, struct packet *packet)
 {
+	__u32 ports;
+
 	if (packet->protocol != IPPROTO_TCP && packet->protocol != IPPROTO_UDP)
 		return 0;
-	if (packet->offset + 4 > packet->length ||
-	    load(skb, packet->offset + 2, &packet->destination_port, sizeof(packet->destination_port)))
+	if (packet->offset + 4 > packet->length || read_words(skb, link_header, packet->offset, &ports, 1))
 		return DROPPED(DROP_SHORT_TRANSPORT);
+	packet->destination_port = bpf_htons((__u16)bpf_ntohl(ports));
 	return 0;
 }

@@ -84,6 +84,11 @@ enum host_verdict {
 #define MAX_ARRIVALS 16384
 #define MAX_PIECES 1024
 #define MAX_HOMES 1024
+#define MAX_RECENT 512
+#define RECENT_BITS 9
+
+/* Of so many packets to a recent address one takes the long way. */
+#define LONG_WAY 64
 
 #define SETTING_HIJACK_DNS 1
 #define SETTING_FAIL_CLOSED 2
@@ -112,11 +117,12 @@ struct settings {
 	__u32 tun_ifindex;
 	__u32 mark;
 	__u32 flags;
-	__u32 unused;
+	__u32 generation;
 };
 
+/* Aligned, or the compiler would copy and compare it octet by octet. */
 struct address6 {
-	__u8 octets[16];
+	__u8 octets[16] __attribute__((aligned(4)));
 };
 
 /* Where a client's packets come from. mac: of the sender; zeros where the interface has no link-layer header. */
@@ -147,6 +153,15 @@ struct decision {
 	__u32 verdict;
 	__s32 rule;
 	__u64 hits;
+};
+
+/* An address that packets went to directly a moment ago. */
+struct recent {
+	struct address6 destination;
+	__u32 generation; /* of the settings when it was decided, which is another after each change; 0: free */
+	__s32 rule;
+	__u32 has_decision; /* whether an entry of a table decided */
+	__u32 hits;         /* which that entry has not been told of yet */
 };
 
 /* Of TCP or UDP, as this host sees it, or a client of the LAN. */

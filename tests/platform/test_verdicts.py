@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 from lan_world import GO_ON, REDIRECT, SHOT, Bench, frame, packed, prefix, udp
 
+from ztun.platform.linux.layout import DECISION
 from ztun.ports import RULE_DEFAULT, Prefix, Verdict
 
 RETURNS = {Verdict.DIRECT: GO_ON, Verdict.TUNNEL: REDIRECT, Verdict.DROP: SHOT}
@@ -123,3 +124,92 @@ def test_more_is_learned_than_the_map_holds(bench: Bench) -> None:
     entries = next(one["entries"] for one in bench.classifier.snapshot()["maps"] if one["name"] == "learned4")
     assert 0 < len(entries) <= 65_536
     assert "0.1.17.111" in {entry["address"] for entry in entries}  # the newest
+
+
+def hits_of(bench: Bench, name: str) -> dict[str, int]:
+    table = next(one["entries"] for one in bench.classifier.snapshot()["maps"] if one["name"] == name)
+    return {entry.get("prefix") or entry["address"]: entry["hits"] for entry in table}
+
+
+@pytest.mark.parametrize("packets", [1, 2, 63, 64, 65, 200])
+def test_a_run_of_packets_to_one_address_is_counted_in_full(bench: Bench, packets: int) -> None:
+    """Most of them are decided like the one before them, without a look into the tables."""
+    bench.classifier.replace_rules([prefix("192.0.2.0/24", Verdict.DIRECT, 1), prefix("192.0.0.0/16", Verdict.DROP, 2)])
+    for _ in range(packets):
+        assert bench.run(frame(udp("10.9.0.2", "192.0.2.1", 80))) == GO_ON
+    assert hits_of(bench, "prefixes4") == {"192.0.2.0/24": packets, "192.0.0.0/16": 0}
+    assert bench.classifier.rule_counters()[1]["packets"] == packets
+    assert bench.classifier.counters()["direct"]["packets"] == packets
+
+
+def test_addresses_that_share_a_place_are_counted_in_full(bench: Bench) -> None:
+    bench.classifier.replace_rules(
+        [prefix("10.0.0.0/7", Verdict.DIRECT, 1), prefix("2001:db8::/32", Verdict.DIRECT, 2)]
+    )
+    random_ = random.Random(5)
+    sent: Counter[str] = Counter()
+    for _ in range(3000):
+        last = random_.randrange(1500)  # three times as many as there are places
+        if random_.random() < 0.5:
+            assert bench.run(frame(udp("10.9.0.2", f"10.1.{last >> 8}.{last & 255}", 80))) == GO_ON
+            sent["10.0.0.0/7"] += 1
+        else:
+            assert bench.run(frame(udp("fd00:9::2", f"2001:db8::{last:x}", 80))) == GO_ON
+            sent["2001:db8::/32"] += 1
+    assert hits_of(bench, "prefixes4") | hits_of(bench, "prefixes6") == sent
+
+
+def test_a_recent_address_is_decided_anew_after_every_change(bench: Bench) -> None:
+    def seen() -> int:
+        return bench.run(frame(udp("10.9.0.2", "192.0.2.1", 80)))
+
+    classifier, direct = bench.classifier, prefix("192.0.2.0/24", Verdict.DIRECT, 1)
+    classifier.replace_rules([direct])
+    assert [seen(), seen()] == [GO_ON, GO_ON]
+    classifier.replace_rules([direct, prefix("192.0.2.1/32", Verdict.TUNNEL, 2)])
+    assert [seen(), seen()] == [REDIRECT, REDIRECT]
+    classifier.replace_own_addresses([packed("192.0.2.1")])
+    assert [seen(), seen()] == [GO_ON, GO_ON]
+    classifier.replace_own_addresses([])
+    assert [seen(), seen()] == [REDIRECT, REDIRECT]
+    classifier.learn(packed("192.0.2.1"), Verdict.DIRECT, 3)
+    assert [seen(), seen()] == [GO_ON, GO_ON]
+    classifier.learn(packed("192.0.2.1"), Verdict.DROP, 3)
+    assert [seen(), seen()] == [SHOT, SHOT]
+    classifier.forget()
+    classifier.replace_rules([])
+    assert [seen(), seen()] == [GO_ON, GO_ON]
+
+
+def test_of_many_packets_to_a_recent_address_some_use_the_table(bench: Bench) -> None:
+    """Or the kernel would take a learned address in use for one that can make room."""
+    bench.classifier.learn(packed("192.0.2.1"), Verdict.DIRECT, 3)
+    told = []
+    for _ in range(130):
+        assert bench.run(frame(udp("10.9.0.2", "192.0.2.1", 80))) == GO_ON
+        value = bench.classifier._maps["learned4"].lookup(packed("192.0.2.1"))
+        told.append(DECISION.unpack(value or b"")[2])
+    assert told == [1] * 64 + [65] * 64 + [129] * 2
+
+
+def test_port_53_of_a_recent_address_is_still_taken() -> None:
+    bench = Bench(hijack_dns=True, own=["10.9.0.1"])
+    try:
+        for address, query in (("192.0.2.1", REDIRECT), ("10.9.0.1", GO_ON)):
+            for _ in range(3):
+                assert bench.run(frame(udp("10.9.0.2", address, 80))) == GO_ON
+                assert bench.run(frame(udp("10.9.0.2", address, 53))) == query
+    finally:
+        bench.close()
+
+
+def test_recent_addresses_are_shown_with_the_rule_that_still_holds(bench: Bench) -> None:
+    def recents() -> list[dict[str, object]]:
+        return next(one["entries"] for one in bench.classifier.snapshot()["maps"] if one["name"] == "recents")
+
+    bench.classifier.replace_rules([prefix("192.0.2.0/24", Verdict.DIRECT, 1)])
+    for address in ("192.0.2.1", "198.51.100.1"):
+        bench.run(frame(udp("10.9.0.2", address, 80)))
+    assert recents() == [{"address": "192.0.2.1", "rule": 1}, {"address": "198.51.100.1", "rule": RULE_DEFAULT}]
+    bench.classifier.replace_rules([])
+    assert recents() == []

@@ -14,9 +14,9 @@ from ztun.platform.linux import host, layout, links, tables, xdp
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.hooks import Hook
 from ztun.platform.linux.host import HostCapture, MakeHook
-from ztun.platform.linux.layout import CLIENT, COUNTER, DECISION, FLOW, SETTINGS, U32, U64
+from ztun.platform.linux.layout import CLIENT, COUNTER, DECISION, FLOW, RECENT, SETTINGS, U32, U64
 from ztun.platform.linux.loader import Objects
-from ztun.platform.linux.maps import Map, PerCpuCounters
+from ztun.platform.linux.maps import Map, PerCpuCounters, possible_cpus
 from ztun.platform.linux.netlink import NetlinkError, explain
 from ztun.platform.linux.xdp import XdpFilter
 from ztun.ports import RULE_BUILTIN, RULE_DEFAULT, RULE_DNS, RULE_FAKE_IP, Origin, Prefix, Verdict
@@ -32,6 +32,7 @@ MAPS = {
     "prefixes6": (U32.size + 16, DECISION.size, "lpm_trie"),
     "learned4": (4, DECISION.size, "lru_hash"),
     "learned6": (16, DECISION.size, "lru_hash"),
+    "recents": (U32.size, RECENT.size, "percpu_array"),
     "own": (16, U32.size, "hash"),
     "clients": (16, CLIENT.size, "lru_hash"),
     "answered": (FLOW.size, U32.size, "lru_hash"),
@@ -39,6 +40,7 @@ MAPS = {
     "counters": (U32.size, COUNTER.size, "percpu_array"),
     "rules": (U32.size, COUNTER.size, "percpu_array"),
 }
+_MOST_GENERATIONS = 0xFFFFFFFF  # 0 is that of no settings
 _ONLY = U32.pack(0)  # the key of an array with one element
 _BUILTIN_RULES = {RULE_DEFAULT, RULE_BUILTIN, RULE_FAKE_IP, RULE_DNS}
 
@@ -70,8 +72,8 @@ class BpfClassifier:
         self._hooks: dict[str, _Attached] = {}  # by the name of the interface, the TUN's first
         self._captured = dict.fromkeys(capture.lan, "absent")
         self._is_attached = False
-        self._device_index = 0
-        self._maps = {name: Map(objects.maps[name], key, value) for name, (key, value, _) in MAPS.items()}
+        self._generation = 0
+        self._maps = {name: _open(objects.maps[name], *MAPS[name]) for name in MAPS}
         self._prefixes4 = tables.PrefixTable(self._maps["prefixes4"])
         self._prefixes6 = tables.PrefixTable(self._maps["prefixes6"])
         self._counters = PerCpuCounters(objects.maps["counters"])
@@ -81,7 +83,7 @@ class BpfClassifier:
             objects.programs, objects.maps, self._shared, make_hook, capture.device, capture.lan, capture.host
         )
         self._own: set[bytes] = set()
-        self._write_settings()
+        self._device_index = links.find_index(capture.device, "tun.name")
         self.replace_own_addresses(capture.own_addresses)
 
     def replace_rules(self, prefixes: Iterable[Prefix]) -> None:
@@ -95,8 +97,11 @@ class BpfClassifier:
         for prefix in prefixes:
             by_length[len(prefix.network)].append(prefix)
         yield
-        yield from self._prefixes4.replacing(by_length[4])
-        yield from self._prefixes6.replacing(by_length[16])
+        try:
+            yield from self._prefixes4.replacing(by_length[4])
+            yield from self._prefixes6.replacing(by_length[16])
+        finally:
+            self._forget_recent()
         yield from self._xdp.replacing_rules(by_length)
         self._follow_xdp()
 
@@ -105,6 +110,7 @@ class BpfClassifier:
         wanted = {tables.widen(address) for address in addresses}
         self._maps["own"].update_many({address: U32.pack(1) for address in wanted - self._own})
         self._maps["own"].delete_many(self._own - wanted)
+        self._forget_recent()
         self._host.forget(self._own - wanted)
         self._own = wanted
 
@@ -112,12 +118,14 @@ class BpfClassifier:
         """Give one address its own verdict, ahead of the prefixes. The least recently used make room."""
         table = self._maps["learned4" if len(address) == 4 else "learned6"]
         table.update(address, DECISION.pack(verdict, rule, 0))
+        self._forget_recent()
 
     def forget(self) -> None:
         """Forget all that was learned: the rules that gave it are no more."""
         for name in ("learned4", "learned6"):
             table = self._maps[name]
             table.delete_many([key for key, _ in table.items()])
+        self._forget_recent()
 
     def heartbeat(self) -> None:
         """Say that the gateway is alive; bpf_ktime_get_ns() reads CLOCK_MONOTONIC too."""
@@ -182,6 +190,7 @@ class BpfClassifier:
 
     def _reply(self, index: int) -> str:
         if index != self._device_index:
+            self._device_index = index
             self._write_settings()
         return "reply"
 
@@ -233,13 +242,16 @@ class BpfClassifier:
 
     def snapshot(self) -> dict[str, Any]:
         """{"programs": [{"name", "hook", "ifname", "id"}], "maps": [{"name", "type", "entries"}], "xdp": [see xdp]}."""
+        recents = tables.read_recents(self._maps["recents"])
+        untold = tables.untold(recents)
+        learned = {name: list(tables.describe_learned(self._maps[name], untold)) for name in ("learned4", "learned6")}
         entries = {
             "settings": [self._describe_settings()],
             "heartbeat": [self._describe_heartbeat()],
-            "prefixes4": self._prefixes4.describe(),
-            "prefixes6": self._prefixes6.describe(),
-            "learned4": list(tables.describe_learned(self._maps["learned4"])),
-            "learned6": list(tables.describe_learned(self._maps["learned6"])),
+            **learned,
+            "prefixes4": self._prefixes4.describe(untold),  # what is left of it
+            "prefixes6": self._prefixes6.describe(untold),
+            "recents": tables.describe_recents(recents, self._generation),
             "own": [{"address": tables.show_address(address)} for address in sorted(self._own)],
             "clients": self._describe_clients(),
             "answered": [host.show_flow(key) for key, _ in self._maps["answered"].items()],
@@ -272,13 +284,18 @@ class BpfClassifier:
         except (NetlinkError, OSError) as error:
             log.warning("program not detached", error=str(error), **hook.describe())
 
+    def _forget_recent(self) -> None:
+        """To be called after each change of what decides: recent addresses are decided anew then."""
+        self._generation = self._generation % _MOST_GENERATIONS + 1
+        self._write_settings()
+
     def _write_settings(self) -> None:
         capture, constants = self._capture, self._shared.constants
         flags = constants["SETTING_HIJACK_DNS"] if capture.hijack_dns else 0
         flags |= constants["SETTING_FAIL_CLOSED"] if capture.fail_closed else 0
         flags |= constants["SETTING_CAPTURE_HOST"] if capture.host else 0
-        self._device_index = links.find_index(capture.device, "tun.name")
-        self._maps["settings"].update(_ONLY, SETTINGS.pack(self._device_index, capture.mark, flags, 0))
+        settings = SETTINGS.pack(self._device_index, capture.mark, flags, self._generation)
+        self._maps["settings"].update(_ONLY, settings)
 
     def _describe_settings(self) -> dict[str, Any]:
         capture = self._capture
@@ -298,6 +315,11 @@ class BpfClassifier:
         names = dict(socket.if_nameindex())
         found = sorted(self._maps["clients"].items())
         return [{"address": tables.show_address(key), **_describe_client(names, value)} for key, value in found]
+
+
+def _open(fd: int, key_size: int, value_size: int, kind: str) -> Map:
+    """A per-CPU map has one value for each possible CPU, in one piece."""
+    return Map(fd, key_size, value_size * possible_cpus() if kind.startswith("percpu") else value_size)
 
 
 def _describe_client(names: Mapping[int, str], value: bytes) -> dict[str, Any]:
