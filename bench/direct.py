@@ -189,9 +189,10 @@ def show(found: dict[str, list[Round]], nanoseconds: float) -> bool:
         ratios = [ratio(rounds, name) for name in HOOKS]
         shown = "".join(f"{value:>10.2f}" for value in medians)
         print(f"{line:<26}{shown}" + "".join(f"{f'{median:.3f} ±{error:.3f}':>16}" for median, error in ratios))
-        is_good &= all(median >= _GOAL for median, _ in ratios)
+        if line.endswith("Gbit/s"):
+            is_good &= all(median >= _GOAL for median, _ in ratios)
     print(f"classifier: {nanoseconds:.0f} ns a packet")
-    print(f"{'at least' if is_good else 'NOT'} {_GOAL:.0%} of plain forwarding everywhere")
+    print(f"throughput is {'' if is_good else 'NOT '}at least {_GOAL:.0%} of plain forwarding everywhere")
     return is_good
 
 
