@@ -210,7 +210,7 @@ static __always_inline int decide(struct packet *packet, struct settings *settin
 		if (++recent->hits < LONG_WAY)
 			return VERDICT_DIRECT;
 		hits = recent->hits;
-		recent->hits = 0;
+		recent->hits = recent->generation = 0; /* the kernel may have forgotten what was learned */
 	}
 	verdict = decide_anew(packet, setting->flags, hits, &now);
 	*rule = now.rule;

@@ -192,6 +192,15 @@ def test_of_many_packets_to_a_recent_address_some_use_the_table(bench: Bench) ->
     assert told == [1] * 64 + [65] * 64 + [129] * 2
 
 
+def test_a_recent_address_that_the_kernel_forgot_is_not_direct_for_ever(bench: Bench) -> None:
+    bench.classifier.replace_rules([prefix("0.0.0.0/0", Verdict.TUNNEL, RULE_DEFAULT)])
+    bench.classifier.learn(packed("192.0.2.1"), Verdict.DIRECT, 3)
+    seen = [bench.run(frame(udp("10.9.0.2", "192.0.2.1", 80))) for _ in range(10)]
+    bench.classifier._maps["learned4"].delete(packed("192.0.2.1"))  # as when others need its place
+    seen += [bench.run(frame(udp("10.9.0.2", "192.0.2.1", 80))) for _ in range(90)]
+    assert seen == [GO_ON] * 64 + [REDIRECT] * 36
+
+
 def test_port_53_of_a_recent_address_is_still_taken() -> None:
     bench = Bench(hijack_dns=True, own=["10.9.0.1"])
     try:
