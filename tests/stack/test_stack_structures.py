@@ -283,13 +283,14 @@ class TimersAgainstAList(RuleBasedStateMachine):
         self.queue.run(self.now)
         for alarm, before in zip(self.alarms, counts, strict=True):
             assert len(alarm.rang) == before + (alarm in due)
+        assert self.queue.earliest == (NEVER if (following := self.queue.next()) is None else following)
 
     @invariant()
     def nothing_is_overslept(self) -> None:
         earliest = min(alarm.when for alarm in self.alarms)
         following = self.queue.next()
         assert following is not None or earliest == NEVER
-        assert following is None or following <= earliest
+        assert following is None or self.queue.earliest <= following <= earliest
         assert len(self.queue) <= 2 * 5 + 64 + 1
 
 

@@ -45,6 +45,7 @@ class Engine:
         self.shortage = Shortage(loop, stack.memory)
         self.device_lost: Callable[[OSError], None] | None = None  # told when nothing can be read any more
         self._device = device
+        self._timers = stack.timers
         self._buffer = pool.get()
         self.scratch = pool.get()  # to read into; who keeps it puts another one here
         self._timer: asyncio.TimerHandle | None = None
@@ -86,8 +87,8 @@ class Engine:
                     self.refused += 1
             self.written += len(outbox)
             outbox.clear()
-        when = self.stack.get_timer()
-        if when is not None and when < self._timer_at:
+        when = self._timers.earliest
+        if when < self._timer_at:
             self._arm(when)
 
     def _readable(self, mask: int) -> None:

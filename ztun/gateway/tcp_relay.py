@@ -183,7 +183,7 @@ class TcpRelay:
             more = self._ended or count == room
             last = more and count < room and self._is_at_end()
             if count < _COPY_BELOW:
-                conn.send(memoryview(bytes(buffer[:count])), now, None, last)
+                conn.send(buffer[:count].tobytes(), now, None, last)
             else:
                 engine.scratch = engine.pool.get()
                 conn.send(buffer[:count], now, buffer, last)

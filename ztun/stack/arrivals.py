@@ -7,13 +7,25 @@ from typing import TYPE_CHECKING
 from ztun.stack.handler import Handler
 from ztun.stack.receiver import NO_PIECES
 from ztun.stack.segments import Segments
-from ztun.stack.state import Closed, State
+from ztun.stack.state import (
+    CLOSE_WAIT,
+    CLOSED,
+    CLOSING,
+    DIALING,
+    ESTABLISHED,
+    FIN_WAIT_1,
+    FIN_WAIT_2,
+    LAST_ACK,
+    SYN_RECEIVED,
+    Closed,
+    State,
+)
 from ztun.wire import tcp
 from ztun.wire.sequence import MASK, unwrap
 from ztun.wire.tcp import ACK, FIN, RST, SYN
 
 _EXCEPTIONS = ACK | RST | SYN  # of these, the short way takes only ACK
-_OPEN = (State.ESTABLISHED, State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSE_WAIT, State.LAST_ACK)  # likeliest first
+_OPEN = (ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, CLOSE_WAIT, LAST_ACK)  # likeliest first
 _PAWS_IDLE = 24 * 86400.0  # RFC 7323 section 5.5: an idle connection's TS.Recent is no longer trusted
 
 
@@ -101,19 +113,21 @@ class Arrivals(Segments):
         self._probes = 0
         window <<= self.scale
         grew = window > tx.wnd
-        tx.set_window(window, nxt, una + step)
+        tx.wnd, tx.wl1, tx.wl2 = window, nxt, una + step  # it is next in line, so the newest there is
+        if window > tx.max_wnd:
+            tx.max_wnd = window
         if step:
             self.last_data = now
             tx.advance(una + step, now)
         elif grew and tx.unsent():
             tx.transmit(now)
-        if self.state is State.ESTABLISHED or self.state is State.CLOSE_WAIT:
+        if self.state is ESTABLISHED or self.state is CLOSE_WAIT:
             if step or grew:
                 assert self.handler is not None
                 self.handler.writable(now)
         elif step:
             self._acknowledged_fin(now)
-        if self.state is State.CLOSED:
+        if self.state is CLOSED:
             return False
         if bits & FIN:
             return self._take_last(packet, payload, end, now)
@@ -128,7 +142,7 @@ class Arrivals(Segments):
         rx = self.rx
         rx.fin = rx.nxt + end - payload
         kept = payload < end and self._deliver(packet[payload:end], now)
-        if self.state is not State.CLOSED:
+        if self.state is not CLOSED:
             self._take_fin(now)
         return kept
 
@@ -141,7 +155,7 @@ class Arrivals(Segments):
             self.stack.drop("tcp-length")
             return False
         options = tcp.read_options(packet, start, payload)
-        if self.state is State.DIALING or self.state is State.CLOSED:
+        if self.state is DIALING or self.state is CLOSED:
             self._receive_while_dialing(seq, bits, options, now)
             return False
         if not bits & (ACK | RST | SYN):
@@ -219,7 +233,7 @@ class Arrivals(Segments):
             self._take_reset(seq, acceptable, now)
             return False
         if bits & SYN:
-            if self.state is State.SYN_RECEIVED and seq == self.rx.nxt - 1 and not bits & ACK:
+            if self.state is SYN_RECEIVED and seq == self.rx.nxt - 1 and not bits & ACK:
                 self._send_syn_ack(now)
             else:
                 self._challenge(now)
@@ -247,7 +261,7 @@ class Arrivals(Segments):
         self, ack: int, seq: int, bits: int, window: int, length: int, options: tcp.Options, now: float
     ) -> bool:
         tx = self.tx
-        if self.state is State.SYN_RECEIVED:
+        if self.state is SYN_RECEIVED:
             if ack != self.iss + 1:
                 self.stack.drop("tcp-ack")
                 self._emit_reset(ack, None)
@@ -278,7 +292,7 @@ class Arrivals(Segments):
                 self._measure(options.timestamps[1], now)
         if ack > una or tx.flight() or before != tx.wnd or sack or tx.loss is not None:
             tx.acknowledge(ack, empty, before == tx.wnd, sack, now)
-            if self.state is State.ESTABLISHED or self.state is State.CLOSE_WAIT:
+            if self.state is ESTABLISHED or self.state is CLOSE_WAIT:
                 if self.handler is not None and (ack > una or tx.wnd > before or tx.has_holes()):
                     self.handler.writable(now)
             else:
@@ -292,7 +306,7 @@ class Arrivals(Segments):
             self.tx.end_back_off(elapsed / 1000, now)
 
     def _establish(self, seq: int, ack: int, now: float) -> None:
-        self.state = State.ESTABLISHED
+        self.state = ESTABLISHED
         self._syn_at = None
         self.tx.rto_at = None
         if self.tx.retries == 0:
@@ -312,13 +326,13 @@ class Arrivals(Segments):
         """Advance when our FIN was acknowledged."""
         if self.tx.unsent() or self.tx.una < self.tx.nxt:
             return
-        if self.state is State.FIN_WAIT_1:
-            self.state = State.FIN_WAIT_2
+        if self.state is FIN_WAIT_1:
+            self.state = FIN_WAIT_2
             self._idle_at = now + self.stack.settings.fin_wait_2
             self.arm(self._idle_at)
-        elif self.state is State.CLOSING:
+        elif self.state is CLOSING:
             self._enter_time_wait(now)
-        elif self.state is State.LAST_ACK:
+        elif self.state is LAST_ACK:
             self._finish(Closed.FINISHED, now)
 
     def _take_data(self, seq: int, payload: memoryview, now: float) -> bool:
@@ -349,14 +363,15 @@ class Arrivals(Segments):
         return kept
 
     def _deliver(self, payload: memoryview, now: float) -> bool:
-        self.rx.count(len(payload))
-        self.received += len(payload)
+        rx, size = self.rx, len(payload)
+        rx.count(size)
+        self.received += size
         self.last_data = now
         assert self.handler is not None
         # Until the handler has said what it keeps, it keeps everything: what it sends meanwhile tells the window.
-        self.rx.held += len(payload)
+        rx.held += size
         kept = self.handler.data(payload, now)
-        self.rx.held -= len(payload) - kept
+        rx.held -= size - kept
         if not kept:
             return False
         self._charge()
@@ -373,7 +388,7 @@ class Arrivals(Segments):
     def _charge(self) -> None:
         """Say how much of what was received is held now."""
         rx = self.rx
-        if self.state is not State.CLOSED:
+        if self.state is not CLOSED:
             held = rx.held + rx.reassembly.cost
             self.stack.memory.used += held - rx.charged
             rx.charged = held
@@ -386,19 +401,19 @@ class Arrivals(Segments):
 
     def _take_fin(self, now: float) -> None:
         """Everything up to the FIN is here."""
-        if self.state is State.ESTABLISHED:
-            self.state = State.CLOSE_WAIT
-        elif self.state is State.FIN_WAIT_1:
-            self.state = State.CLOSING
-        elif self.state is not State.FIN_WAIT_2:
+        if self.state is ESTABLISHED:
+            self.state = CLOSE_WAIT
+        elif self.state is FIN_WAIT_1:
+            self.state = CLOSING
+        elif self.state is not FIN_WAIT_2:
             return
         self.rx.nxt += 1
         self.rx.ack_now = True
         assert self.handler is not None
-        if self.state is State.FIN_WAIT_2:
+        if self.state is FIN_WAIT_2:
             self._emit_ack(now)
             self.handler.eof(now)
-            if self.state is State.FIN_WAIT_2:
+            if self.state is FIN_WAIT_2:
                 self._enter_time_wait(now)
         else:
             self._acknowledge_later()

@@ -12,7 +12,19 @@ from ztun.stack.arrivals import Arrivals
 from ztun.stack.handler import Handler
 from ztun.stack.receiver import Receiver
 from ztun.stack.sender import Sender
-from ztun.stack.state import Closed, State
+from ztun.stack.sendqueue import Bytes
+from ztun.stack.state import (
+    CLOSE_WAIT,
+    CLOSED,
+    CLOSING,
+    DIALING,
+    ESTABLISHED,
+    FIN_WAIT_1,
+    FIN_WAIT_2,
+    LAST_ACK,
+    SYN_RECEIVED,
+    Closed,
+)
 from ztun.stack.timers import NEVER
 from ztun.wire import tcp
 from ztun.wire.icmp import Reason
@@ -40,7 +52,7 @@ class Connection(Arrivals):
     ) -> None:
         super().__init__(stack, key, iss, seq, options)
         self.syn = syn  # the client's packet, to quote in an ICMP error
-        self.state = State.DIALING
+        self.state = DIALING
         self.handler: Handler | None = None
         own_scale = self._own_scale()
         self.tx = Sender(self, iss + 1, self._payload_size())
@@ -65,22 +77,22 @@ class Connection(Arrivals):
 
     @property
     def is_closed(self) -> bool:
-        return self.state is State.CLOSED
+        return self.state is CLOSED
 
     @property
     def is_established(self) -> bool:
         """The client answered our SYN-ACK, some time."""
-        return self.state is not State.DIALING and self.state is not State.SYN_RECEIVED
+        return self.state is not DIALING and self.state is not SYN_RECEIVED
 
     def is_in_flight(self, seq: int) -> bool:
         """Whether we sent this sequence number and its ACK has not come. seq: as on the wire."""
-        if self.state is State.SYN_RECEIVED:
+        if self.state is SYN_RECEIVED:
             return seq == self.iss & MASK
         return self.tx.una <= unwrap(seq, self.tx.una) < self.tx.nxt
 
     def quiescent(self) -> bool:
         """Nothing is unacknowledged either way, so that the flow could be handed to the kernel."""
-        return self.state is State.ESTABLISHED and not (
+        return self.state is ESTABLISHED and not (
             self.tx.flight()
             or self.tx.queue.end > self.tx.nxt
             or self.rx.unacknowledged
@@ -95,7 +107,7 @@ class Connection(Arrivals):
 
     def room(self) -> int:
         """How many bytes `send` would put on the way at once."""
-        if self.state is not State.ESTABLISHED and self.state is not State.CLOSE_WAIT:
+        if self.state is not ESTABLISHED and self.state is not CLOSE_WAIT:
             return 0
         room, memory = self.tx.room(), self.stack.memory
         if memory.used < memory.limit or not room:
@@ -106,16 +118,16 @@ class Connection(Arrivals):
 
     def accept(self, handler: Handler, now: float) -> None:
         """The outbound is connected: answer the SYN. Without effect when the client gave up (`is_closed`)."""
-        if self.state is not State.DIALING:
+        if self.state is not DIALING:
             return
         self.handler = handler
         self.syn = b""
-        self.state = State.SYN_RECEIVED
+        self.state = SYN_RECEIVED
         self._send_syn_ack(now)
 
     def refuse(self, now: float, reason: Reason | None = None) -> None:
         """The outbound is not to be had. reason: an ICMP error to send in place of a RST."""
-        if self.state is not State.DIALING:
+        if self.state is not DIALING:
             return
         if reason is None:
             self._emit_reset(0, self.rx.nxt)
@@ -124,19 +136,19 @@ class Connection(Arrivals):
             self.stack.send_unreachable(self.syn, reason, now)
             self._finish(Closed.UNREACHABLE, now)
 
-    def send(self, data: memoryview, now: float, owner: memoryview | None = None, last: bool = False) -> None:
+    def send(self, data: Bytes, now: float, owner: memoryview | None = None, last: bool = False) -> None:
         """Send bytes. owner: the pool's buffer that `data` lies in; it goes back to the pool once acknowledged.
 
         last: `shutdown` follows, so that the FIN can share the last segment. Without effect when our side is closed.
         """
-        if self.state is not State.ESTABLISHED and self.state is not State.CLOSE_WAIT:
+        if self.state is not ESTABLISHED and self.state is not CLOSE_WAIT:
             if owner is not None:
                 self.stack.pool.release(owner)
             return
         self.sent += len(data)
         self.last_data = now
         if last:
-            self.state = State.FIN_WAIT_1 if self.state is State.ESTABLISHED else State.LAST_ACK
+            self.state = FIN_WAIT_1 if self.state is ESTABLISHED else LAST_ACK
             self.tx.fin_queued = True
         self.tx.push(data, owner, now)
 
@@ -144,15 +156,15 @@ class Connection(Arrivals):
         """The handler passed on `count` of the bytes that it had kept."""
         self.rx.held -= count
         self._charge()
-        if self.rx.window_grew() and self.state in (State.ESTABLISHED, State.FIN_WAIT_1, State.FIN_WAIT_2):
+        if self.rx.window_grew() and self.state in (ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2):
             self._emit_ack(now)
 
     def shutdown(self, now: float) -> None:
         """No more data from our side: FIN after what is queued."""
-        if self.state is State.ESTABLISHED:
-            self.state = State.FIN_WAIT_1
-        elif self.state is State.CLOSE_WAIT:
-            self.state = State.LAST_ACK
+        if self.state is ESTABLISHED:
+            self.state = FIN_WAIT_1
+        elif self.state is CLOSE_WAIT:
+            self.state = LAST_ACK
         else:
             return
         self.tx.fin_queued = True
@@ -160,11 +172,11 @@ class Connection(Arrivals):
 
     def abort(self, now: float, how: Closed = Closed.ABORTED) -> None:
         """Reset the connection. Without a RST when both ends have closed and all is said (RFC 9293 section 3.10.5)."""
-        if self.state is State.CLOSED:
+        if self.state is CLOSED:
             return
-        if self.state is State.DIALING:
+        if self.state is DIALING:
             self._emit_reset(0, self.rx.nxt)
-        elif self.tx.unsent() or self.state not in (State.CLOSING, State.LAST_ACK):
+        elif self.tx.unsent() or self.state not in (CLOSING, LAST_ACK):
             options = self._stamp_option(now) if self.timestamps else b""  # RFC 7323 section 3.2
             self._emit_reset(self.tx.nxt, self.rx.nxt, options)
         self._finish(how, now)
@@ -204,7 +216,7 @@ class Connection(Arrivals):
 
     def expired(self, now: float) -> None:
         """Do everything whose time has come."""
-        if self.state is State.CLOSED:
+        if self.state is CLOSED:
             return
         if self.rx.ack_at is not None and self.rx.ack_at <= now:
             self._emit_ack(now)
@@ -219,7 +231,7 @@ class Connection(Arrivals):
         """End of a batch: acknowledge now, or within the delayed-ACK time (RFC 9293 section 3.8.6.3)."""
         rx = self.rx
         rx.scheduled = False
-        if self.state is State.CLOSED:
+        if self.state is CLOSED:
             return
         if rx.ack_now:
             self._emit_ack(now)
@@ -238,7 +250,7 @@ class Connection(Arrivals):
     def _check_idle(self, now: float) -> None:
         """Keep-alive (RFC 9293 section 3.8.4), the idle time-out, and the end of FIN-WAIT-2."""
         settings = self.stack.settings
-        limit = settings.fin_wait_2 if self.state is State.FIN_WAIT_2 else settings.tcp_idle
+        limit = settings.fin_wait_2 if self.state is FIN_WAIT_2 else settings.tcp_idle
         if self.last_data + limit <= now or self._probes >= settings.keepalive_probes:
             self.stack.keepalive["given_up"] += self._probes >= settings.keepalive_probes
             self.abort(now, Closed.TIMED_OUT)
@@ -260,8 +272,8 @@ class Connection(Arrivals):
         self._finish(Closed.FINISHED, now)
 
     def _finish(self, how: Closed, now: float) -> None:
-        half_open = self.state in (State.DIALING, State.SYN_RECEIVED)
-        self.state = State.CLOSED
+        half_open = self.state in (DIALING, SYN_RECEIVED)
+        self.state = CLOSED
         self._idle_at = NEVER
         self._syn_at = self.tx.rto_at = self.rx.ack_at = None
         self.tx.queue.clear()

@@ -14,7 +14,7 @@ class Receiver:
     """Sequence numbers are full integers. nxt: next byte expected; edge: right edge of the advertised window."""
 
     __slots__ = (
-        "ack_at", "ack_now", "capacity", "charged", "edge", "fin", "held", "mss", "nxt", "reassembly", "scale",
+        "_step", "ack_at", "ack_now", "capacity", "charged", "edge", "fin", "held", "mss", "nxt", "reassembly", "scale",
         "scheduled", "unacknowledged",
     )  # fmt: skip
 
@@ -23,6 +23,7 @@ class Receiver:
         self.capacity = capacity
         self.scale = scale
         self.mss = mss
+        self._step = min(mss, capacity // 2)  # what is less is not worth moving the window's edge
         self.edge = first
         self.held = 0  # bytes that the handler has and could not pass on yet
         self.charged = 0  # bytes that the stack's memory account has for this half
@@ -43,7 +44,7 @@ class Receiver:
         free = self.capacity - self.held
         nxt, scale = self.nxt, self.scale
         edge = nxt + (free >> scale << scale)
-        if edge - self.edge >= min(self.mss, self.capacity // 2):
+        if edge - self.edge >= self._step:
             self.edge = edge
             return edge - nxt
         known = self.edge - nxt

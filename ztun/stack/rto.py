@@ -29,8 +29,9 @@ class RttEstimator:
             self.srtt = rtt
             self.rttvar = rtt / 2
         else:
-            self.rttvar += (abs(self.srtt - rtt) - self.rttvar) / 4
-            self.srtt += (rtt - self.srtt) / 8
+            error = rtt - self.srtt
+            self.rttvar += ((error if error > 0 else -error) - self.rttvar) / 4
+            self.srtt += error / 8
         self.restore()
 
     def back_off(self) -> None:
@@ -49,5 +50,8 @@ class RttEstimator:
         if self.srtt is None:
             self.rto = self._initial
         else:
-            rto = self.srtt + max(_GRANULARITY, 4 * self.rttvar)
-            self.rto = min(max(rto, self._minimum), self._maximum)
+            variation = 4 * self.rttvar
+            rto = self.srtt + (variation if variation > _GRANULARITY else _GRANULARITY)
+            if rto < self._minimum:
+                rto = self._minimum
+            self.rto = rto if rto < self._maximum else self._maximum

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ztun.stack.header import FlowHeader, FlowKey, reverse
+from ztun.stack.sendqueue import Bytes
 from ztun.stack.timers import NEVER
 from ztun.wire import ip, tcp
 from ztun.wire.sequence import MASK, unwrap
@@ -104,7 +105,7 @@ class Segments(FlowKey):
 
     # Packets out.
 
-    def emit(self, seq: int, flags: int, payload: int, views: list[memoryview], now: float) -> None:
+    def emit(self, seq: int, flags: int, payload: int, views: list[Bytes], now: float) -> None:
         """Put one segment into the outbox, with the ACK and the window of this moment."""
         rx = self.rx
         nxt = rx.nxt

@@ -12,7 +12,7 @@ from ztun.stack.congestion import NewReno
 from ztun.stack.ranges import RangeSet
 from ztun.stack.recovery import LossRecovery, Recovery
 from ztun.stack.rto import RttEstimator
-from ztun.stack.sendqueue import SendQueue
+from ztun.stack.sendqueue import Bytes, SendQueue
 from ztun.wire import tcp
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ class Sender:
 
     __slots__ = (
         "_conn", "_give_up_at", "_limited", "_probing", "_retransmit_at", "_timed_at", "_timed_from",
-        "_timed_seq", "_timer", "_wl1", "_wl2", "calm", "cc", "fin_queued", "has_sack", "largest", "last_send",
+        "_timed_seq", "_timer", "calm", "cc", "fin_queued", "has_sack", "largest", "last_send",
         "last_step", "limit", "loss", "max_wnd", "mss", "nxt", "patience", "queue", "recover", "recover_from",
-        "retransmits", "retries", "rto_at", "rtt", "una", "wnd",
+        "retransmits", "retries", "rto_at", "rtt", "una", "wl1", "wl2", "wnd",
     )  # fmt: skip
 
     def __init__(self, conn: Connection, first: int, mss: int) -> None:
@@ -73,7 +73,7 @@ class Sender:
         self._give_up_at = 0.0  # when the user time-out is over; counts from the first retransmission's segment on
         self.retransmits = 0
         self.last_send = 0.0
-        self._wl1 = self._wl2 = 0
+        self.wl1 = self.wl2 = 0
         self.last_step = 0  # how far the latest new ACK went
         self._timed_from = first
         self._timed_seq: int | None = None
@@ -93,7 +93,11 @@ class Sender:
         queued = self.queue.end - self.una
         if self.loss is not None and queued:
             return self._room_beside_holes(self.loss, queued)
-        window = min(self.cc.cwnd, self.wnd, self.limit)
+        window = self.cc.cwnd
+        if self.wnd < window:
+            window = self.wnd
+        if self.limit < window:
+            window = self.limit
         room = window - queued
         if room >= self.largest:
             return self.largest
@@ -118,7 +122,7 @@ class Sender:
         room = min(self.cc.cwnd - loss.pipe() - unsent, self.wnd - queued, self.limit - queued, self.largest)
         return max(room - room % self.mss, 0)
 
-    def push(self, data: memoryview, owner: memoryview | None, now: float) -> None:
+    def push(self, data: Bytes, owner: memoryview | None, now: float) -> None:
         """Queue bytes and send what the windows allow."""
         nxt, flight = self.nxt, self.nxt - self.una
         if not flight and now - self.last_send > self.rtt.rto:
@@ -255,11 +259,11 @@ class Sender:
 
     def set_window(self, window: int, seq: int, ack: int) -> None:
         """Take the peer's window unless the segment is older than the one that set it (RFC 9293 section 3.10.7.4)."""
-        if seq > self._wl1 or (seq == self._wl1 and ack >= self._wl2):
+        if seq > self.wl1 or (seq == self.wl1 and ack >= self.wl2):
             self.wnd = window
             if window > self.max_wnd:
                 self.max_wnd = window
-            self._wl1, self._wl2 = seq, ack
+            self.wl1, self.wl2 = seq, ack
 
     def acknowledge(
         self, ack: int, empty: bool, same_window: bool, sack: tuple[tuple[int, int], ...], now: float

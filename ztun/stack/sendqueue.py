@@ -8,7 +8,8 @@ from ztun.stack.buffers import BufferPool
 from ztun.stack.memory import PIECE, Memory
 
 _MOST_PIECES = 256  # the kernel takes at most 1024 at once (IOV_MAX), headers included
-_Chunk = tuple[int, memoryview, memoryview | None]  # end, bytes, the pool's buffer that they lie in
+Bytes = bytes | memoryview
+_Chunk = tuple[int, Bytes, memoryview | None]  # end, bytes, the pool's buffer that they lie in
 _NOTHING: deque[_Chunk] = deque()  # shared: an empty deque is 600 bytes, and idle flows are many
 
 
@@ -24,7 +25,7 @@ class SendQueue:
         self.start = first
         self.end = first
 
-    def append(self, data: memoryview, owner: memoryview | None) -> None:
+    def append(self, data: Bytes, owner: memoryview | None) -> None:
         """Add bytes. owner: the pool's buffer that `data` is a part of, or None."""
         self.end += len(data)
         self._memory.used += len(data) + PIECE if owner is None else self._pool.size
@@ -46,13 +47,13 @@ class SendQueue:
             self._chunks = _NOTHING
         self.start = sequence
 
-    def views(self, sequence: int, count: int) -> list[memoryview]:
+    def views(self, sequence: int, count: int) -> list[Bytes]:
         """The `count` bytes from `sequence` on, as the pieces they lie in."""
         last_end, last, _ = self._chunks[-1]
         if sequence >= last_end - len(last):  # new data: no walk over what is in flight
             offset = sequence - (last_end - len(last))
             return [last[offset : offset + count]] if offset or count < len(last) else [last]
-        found: list[memoryview] = []
+        found: list[Bytes] = []
         for end, data, _ in self._chunks:
             if end <= sequence:
                 continue
@@ -63,7 +64,7 @@ class SendQueue:
             count -= len(piece)
             if not count:
                 break
-        return found if len(found) <= _MOST_PIECES else [memoryview(b"".join(found))]
+        return found if len(found) <= _MOST_PIECES else [b"".join(found)]
 
     def clear(self) -> None:
         """Give everything back."""

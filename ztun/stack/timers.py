@@ -29,12 +29,15 @@ _SPARE = 64  # dead entries that are not worth a look
 
 
 class TimerQueue:
-    __slots__ = ("_heap", "_live", "_serial")
+    """earliest: nothing expires before; NEVER when there is nothing. What was cancelled may still be in it."""
+
+    __slots__ = ("_heap", "_live", "_serial", "earliest")
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int]] = []
         self._live: dict[int, Timed] = {}
         self._serial = 0
+        self.earliest = NEVER
 
     def __len__(self) -> int:
         """Entries, of which some may be dead."""
@@ -49,6 +52,8 @@ class TimerQueue:
             timed.armed, timed.timer = when, self._serial
             self._live[self._serial] = timed
             heappush(self._heap, (when, self._serial))
+            if when < self.earliest:
+                self.earliest = when
             self._tidy()
 
     def cancel(self, timed: Timed) -> None:
@@ -85,3 +90,5 @@ class TimerQueue:
             following = timed.deadline()
             if following != NEVER:
                 self.arm(timed, following)
+        earliest = self.next()
+        self.earliest = NEVER if earliest is None else earliest
