@@ -389,7 +389,7 @@ ENDED = 0x201A
 class Poller(Protocol):
     """Tells the owners of descriptors when they are ready. A mask is a hint: only a system call tells the truth.
 
-    pulse: called after each wait, before anybody is told of anything.
+    pulse: called after each wait, before anybody is told of anything, and by who speaks after a silence.
     """
 
     pulse: Callable[[], None]

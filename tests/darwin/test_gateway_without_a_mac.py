@@ -20,6 +20,7 @@ from e2e.conftest import BASE, OUTBOUNDS
 from e2e.test_datagram_runs import PORT as TOGETHER_PORT
 from e2e.test_datagram_runs import hear, numbered, send_together, udp_socket
 from e2e.traffic import ask_udp, download, echo_flow, read_all, read_exactly, upload
+from open_to_all import OPEN_TO_ALL
 
 from darwin.conftest import UTUN, DarwinLab, ZtunAsDarwin
 from ztun.lab import plan
@@ -396,7 +397,7 @@ def test_a_route_that_is_there_already(lab: DarwinLab) -> None:
 def test_no_privilege(lab: DarwinLab) -> None:
     instance = lab.prepare()
     done = lab.gateway.run(
-        "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
+        *OPEN_TO_ALL, "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
         sys.executable, "-m", "darwin.as_darwin", "up", "--proxy", "socks5://10.1.1.1:1080",
         check=False, env=instance.environment(),
     )  # fmt: skip

@@ -94,6 +94,22 @@ def test_a_gateway_that_stands_still_now_and_then_keeps_its_flows(lab: Lab) -> N
     comes_to_rest(instance, before)
 
 
+def test_what_it_was_about_to_say_when_it_was_stopped_harms_no_flow(lab: Lab) -> None:
+    """It stands still within what it does for a client, and goes on with that: answers must not pass it by."""
+    instance = start(lab, {**BASE, "capture": {"backend": "tcx", "fail": "open"}})
+    works(lab)
+    before = at_rest(instance)
+    for _ in range(5):
+        with lab.client.connect(plan.SITE4, plan.BANNER_PORT, timeout=30) as kept:
+            assert kept.recv(100)
+            with standing_still(instance, 1.2):
+                pass
+            time.sleep(0.1)  # for what an answer that went astray would bring about
+            kept.sendall(b"still here")
+            assert kept.recv(100) == b"still here"
+    comes_to_rest(instance, before)
+
+
 def test_more_news_of_the_network_than_fit_while_it_stands_still(lab: Lab) -> None:
     """The kernel drops notifications that nobody reads (ENOBUFS, netlink(7)); what is true is read afterwards."""
     instance = start(lab, BASE)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from open_to_all import OPEN_TO_ALL
 
 from e2e.conftest import BASE
 from e2e.traffic import start
@@ -23,17 +24,6 @@ USER = 61234  # nobody's
 FULL = ("net_admin", "net_bind_service", "bpf", "perfmon")
 KEPT = {"CAP_NET_ADMIN", "CAP_NET_BIND_SERVICE"}
 BACKENDS = pytest.mark.parametrize("backend", ["tcx", "clsact", "routes"])
-ROOT = Path(__file__).resolve().parents[2]
-# The device as udev makes it, and a checkout ($0) that everybody can read, which those who run the tests may not have.
-_OPEN_ALL = """
-mount -t tmpfs tmpfs /dev/net && mknod -m 666 /dev/net/tun c 10 200
-top=/$(echo "$0" | cut -d / -f 2)
-case $(stat -c %a "$top") in
-    *[1357]) ;;
-    *) mount --bind "$0" /mnt && mount -t tmpfs -o mode=755 tmpfs "$top" && mkdir -p "$0" && mount --bind /mnt "$0" ;;
-esac
-cd / && exec "$@"
-"""
 
 
 def as_user(lab: Lab, capabilities: tuple[str, ...], config: dict[str, Any]) -> Ztun:
@@ -45,7 +35,7 @@ def as_user(lab: Lab, capabilities: tuple[str, ...], config: dict[str, Any]) -> 
         os.chown(path, USER, USER)
     added = ",".join(f"+{name}" for name in capabilities)
     instance.wrapper = (
-        *("unshare", "--mount", "sh", "-c", _OPEN_ALL, str(ROOT)),
+        *OPEN_TO_ALL,
         *("setpriv", "--reuid", str(USER), "--regid", str(USER), "--clear-groups"),
         *("--inh-caps", f"-all,{added}", "--ambient-caps", added),
     )

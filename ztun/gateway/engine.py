@@ -23,6 +23,9 @@ _BATCH = 64
 _PASSING = frozenset({errno.EIO, errno.ENOBUFS, errno.ENOMEM, errno.EINTR})
 _PAUSE, _LONGEST_PAUSE = 0.01, 1.0
 _NO_BUFFER = memoryview(bytearray())
+# Seconds of silence after which the poller's pulse comes before a word to a client. It comes after each wait as well,
+# but a process can stand still anywhere, and go on with what it was about to say.
+_PULSE_INTERVAL = 0.1
 _TRIM_INTERVAL = 5.0  # seconds between looks at how many buffers were not needed
 
 
@@ -50,6 +53,7 @@ class Engine:
         self.scratch = pool.get()  # to read into; who keeps it puts another one here
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = NEVER
+        self._pulse_at = 0.0
         self._trimmer: asyncio.TimerHandle | None = None
         self._pause = _PAUSE
         self._reader: asyncio.TimerHandle | None = None  # set while reading waits
@@ -81,6 +85,10 @@ class Engine:
         """Hand everything in the stack's outbox to the device, and look at the clock of the stack again."""
         outbox = self.stack.outbox
         if outbox:
+            now = self.now()
+            if now >= self._pulse_at:
+                self._pulse_at = now + _PULSE_INTERVAL
+                self.poller.pulse()
             write = self._device.send
             for packet in outbox:
                 if not write(packet):
