@@ -24,6 +24,8 @@ from ztun.platform.linux.bpfcall import (
 
 # Entries handed over in one system call. More than any bucket of a hash holds, as lookups in batches need.
 _BATCH = 4096
+# And of those of a per-CPU map, whose values may be large, and which is an array without buckets.
+_MOST_BYTES = 1 << 20
 _COUNT_OFFSET = 32  # of `count` among the batch attributes of union bpf_attr
 
 _Memory = ctypes.Array[ctypes.c_char]
@@ -106,12 +108,13 @@ class Map:
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
         """All entries, read in batches while the programs go on changing them."""
-        keys = ctypes.create_string_buffer(self._key_size * _BATCH)
-        values = ctypes.create_string_buffer(self._value_size * _BATCH)
+        most = min(_BATCH, max(_MOST_BYTES // self._value_size, 1))
+        keys = ctypes.create_string_buffer(self._key_size * most)
+        values = ctypes.create_string_buffer(self._value_size * most)
         token = ctypes.create_string_buffer(max(self._key_size, 8))
         start = code = 0
         while code != errno.ENOENT:
-            code, count = self._batch(MAP_LOOKUP_BATCH, start, ctypes.addressof(token), keys, values, _BATCH)
+            code, count = self._batch(MAP_LOOKUP_BATCH, start, ctypes.addressof(token), keys, values, most)
             if code not in (0, errno.ENOENT):
                 raise OSError(code, os.strerror(code))
             start = ctypes.addressof(token)

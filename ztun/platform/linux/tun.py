@@ -48,8 +48,9 @@ class TunDevice:
         self.send_errors = 0
         self.cuts_datagrams = cuts_datagrams
         self._fd = fd
-        # It reports an empty queue without raising, which costs a third.
-        self._read = io.FileIO(fd, "rb", closefd=False).readinto
+        # It tells of an empty queue without raising, which costs a third more.
+        self._file = io.FileIO(fd, "rb", closefd=False)
+        self._read = self._file.readinto
 
     def fileno(self) -> int:
         return self._fd
@@ -95,6 +96,7 @@ class TunDevice:
 
     def close(self) -> None:
         if self._fd >= 0:
+            self._file.close()  # or it would read from whatever has that number next
             os.close(self._fd)
             self._fd = -1
 
