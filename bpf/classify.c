@@ -332,7 +332,7 @@ static __always_inline int parse(struct __sk_buff *skb, __u32 link_header, struc
 	int result;
 
 	if (!link_header)
-		link_header = UNKNOWN_LINK_HEADER; /* slower than a header is read are all interfaces that have none */
+		link_header = UNKNOWN_LINK_HEADER; /* BPF_PROG_TEST_RUN puts one in front even then; these are slow anyway */
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		result = parse_ipv4(skb, link_header, packet);
 	else

@@ -2,9 +2,9 @@
 /*
  * IPv4 and IPv6 headers down to the ports of TCP and UDP.
  *
- * What can be is read in place; all else with bpf_skb_load_bytes_relative() from the network header, which works for paged
- * packets (GRO) and for interfaces without a link-layer header (WireGuard, PPP) alike. Each parser checks its bounds, advances the offset
- * and says what comes next; a negative answer is -1 - a drop reason.
+ * What lies in the linear part of a packet is read in place; all else with bpf_skb_load_bytes_relative() from the network
+ * header, which works for paged packets (GRO) and for interfaces without a link-layer header (WireGuard, PPP) alike. Each
+ * parser checks its bounds, advances the offset and says what comes next; a negative answer is -1 - a drop reason.
  */
 #pragma once
 #include <linux/if_ether.h>
