@@ -198,13 +198,16 @@ static __always_inline int decide(struct packet *packet, struct settings *settin
 {
 	struct recent now = {.destination = packet->destination, .generation = setting->generation};
 	struct recent *recent = find_place(&packet->destination);
+	bool is_alone;
 	__u32 hits = 1;
 	int verdict;
 
 	*rule = RULE_BUILTIN;
 	if (!recent)
 		return VERDICT_DROP; /* never: an array has all its elements */
-	if (recent->generation == now.generation && is_same_address(&recent->destination, &now.destination) &&
+	/* Else who sends IPv6 to an IPv4-mapped address would have a say in where IPv4 goes. */
+	is_alone = packet->is_ipv4 || !is_mapped(&packet->destination);
+	if (is_alone && recent->generation == now.generation && is_same_address(&recent->destination, &now.destination) &&
 	    !is_query(packet, setting->flags)) {
 		*rule = recent->rule;
 		if (++recent->hits < LONG_WAY)
@@ -214,7 +217,7 @@ static __always_inline int decide(struct packet *packet, struct settings *settin
 	}
 	verdict = decide_anew(packet, setting->flags, hits, &now);
 	*rule = now.rule;
-	if (verdict == VERDICT_DIRECT) {
+	if (is_alone && verdict == VERDICT_DIRECT) {
 		settle(recent);
 		*recent = now;
 	}

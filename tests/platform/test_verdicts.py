@@ -201,6 +201,24 @@ def test_a_recent_address_that_the_kernel_forgot_is_not_direct_for_ever(bench: B
     assert seen == [GO_ON] * 64 + [REDIRECT] * 36
 
 
+def test_ipv6_to_a_mapped_address_does_not_decide_about_ipv4(bench: Bench) -> None:
+    bench.classifier.replace_rules(
+        [
+            prefix("192.0.2.0/24", Verdict.DROP, 1),
+            prefix("198.51.100.0/24", Verdict.DIRECT, 2),
+            prefix("::/0", Verdict.DIRECT, 3),
+        ]
+    )
+    for _ in range(3):
+        assert bench.run(frame(udp("fd00:9::2", "::ffff:192.0.2.1", 80))) == GO_ON
+        assert bench.run(frame(udp("10.9.0.2", "192.0.2.1", 80))) == SHOT
+        assert bench.run(frame(udp("10.9.0.2", "198.51.100.1", 80))) == GO_ON
+        assert bench.run(frame(udp("fd00:9::2", "::ffff:198.51.100.1", 80))) == GO_ON
+    assert {rule: values["packets"] for rule, values in bench.classifier.rule_counters().items() if rule > 0} == {
+        1: 3, 2: 3, 3: 6,
+    }  # fmt: skip
+
+
 def test_port_53_of_a_recent_address_is_still_taken() -> None:
     bench = Bench(hijack_dns=True, own=["10.9.0.1"])
     try:
