@@ -99,7 +99,7 @@ def test_what_it_was_about_to_say_when_it_was_stopped_harms_no_flow(lab: Lab) ->
     instance = start(lab, {**BASE, "capture": {"backend": "tcx", "fail": "open"}})
     works(lab)
     before = at_rest(instance)
-    for _ in range(5):
+    for _ in range(3):
         with lab.client.connect(plan.SITE4, plan.BANNER_PORT, timeout=30) as kept:
             assert kept.recv(100)
             with standing_still(instance, 1.2):

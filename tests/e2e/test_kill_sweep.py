@@ -36,7 +36,7 @@ from ztun.lab.ztun import command
 
 BACKENDS = ("tcx", "clsact", "routes")
 # Points of each backend, by phase.
-SPREAD = {"start": 34, "run": 8, "stop": 22, "sweep": 8}
+SPREAD = {"start": 30, "run": 8, "stop": 20, "sweep": 8}
 LANES = 2
 REAL = 4  # of each backend: fresh processes, killed from outside, at random times
 
