@@ -334,8 +334,6 @@ static __always_inline int parse(struct __sk_buff *skb, __u32 link_header, struc
 {
 	int result;
 
-	if (!link_header)
-		link_header = UNKNOWN_LINK_HEADER; /* BPF_PROG_TEST_RUN puts one in front even then; these are slow anyway */
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		result = parse_ipv4(skb, link_header, packet);
 	else
@@ -698,7 +696,7 @@ int arrive(struct __sk_buff *skb)
 		return GO_ON;
 	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
 		return GO_ON;
-	if (parse(skb, UNKNOWN_LINK_HEADER, &packet) >= 0)
+	if (parse(skb, 0, &packet) >= 0)
 		note_arrival(skb, &packet);
 	return GO_ON;
 }

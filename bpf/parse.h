@@ -40,15 +40,17 @@ static __always_inline int load(struct __sk_buff *skb, __u32 offset, void *to, _
 	return bpf_skb_load_bytes_relative(skb, offset, to, length, BPF_HDR_START_NET);
 }
 
-/* Octets in front of the network header: a constant, or the verifier could not tell. More than is ever read in place. */
-#define UNKNOWN_LINK_HEADER 0xfff
-
-/* `count` words at `offset` from the network header. */
+/*
+ * `count` words at `offset` from the network header. link_header: octets in front of that, a constant, or the verifier
+ * could not tell; 0 where there are none or it is not known, and then nothing is read in place.
+ */
 static __always_inline int read_words(struct __sk_buff *skb, __u32 link_header, __u32 offset, __u32 *to, __u32 count)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 	__u32 *words, near = offset;
 
+	if (!link_header)
+		return load(skb, offset, to, count * sizeof(*to));
 	/* The verifier wants a bound that the compiler would find needless, and one pointer for check and use. */
 	asm volatile("" : "+r"(near));
 	words = data + link_header + (near & 0x3f);

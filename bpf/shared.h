@@ -84,8 +84,8 @@ enum host_verdict {
 #define MAX_ARRIVALS 16384
 #define MAX_PIECES 1024
 #define MAX_HOMES 1024
-#define MAX_RECENT 512
 #define RECENT_BITS 9
+#define MAX_RECENT (1 << RECENT_BITS)
 
 /* Of so many packets to a recent address one takes the long way. */
 #define LONG_WAY 64
