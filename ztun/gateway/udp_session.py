@@ -32,14 +32,6 @@ _FIRST_PAUSE, _MAX_PAUSE = 0.1, 5.0  # seconds before another one then; twice as
 _FINAL = (Failure.UNSUPPORTED, Failure.PROHIBITED, Failure.PROXY_AUTHENTICATION)
 
 
-class UdpFlow(NamedTuple):
-    """What one client endpoint sends to one destination. quote: the beginning of its first packet, for ICMP errors."""
-
-    session: UdpSession
-    destination: Destination
-    quote: bytes
-
-
 class UdpSession:
     """One client endpoint on one outbound. endpoint: the client's packed address and port."""
 
@@ -257,3 +249,11 @@ class UdpSession:
         if self._link is not None:
             self._link.close()
             self._link = None
+
+
+class UdpFlow(NamedTuple):
+    """What one client endpoint sends to one destination. quote: the beginning of its first packet, for ICMP errors."""
+
+    session: UdpSession
+    destination: Destination
+    quote: bytes

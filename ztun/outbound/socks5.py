@@ -7,16 +7,17 @@ import socket
 import time
 from collections.abc import Callable
 from enum import Enum
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 from ztun.outbound import tcp
 from ztun.outbound.associate import AssociateLink
-from ztun.outbound.base import FailureHandler, Link, ProxyOutbound
+from ztun.outbound.base import FailureHandler, Link, ProxyOutbound, Tools
 from ztun.outbound.dial import Dial, Dialogue, Stage
 from ztun.outbound.names import proxy_name
 from ztun.outbound.resolving import resolved
 from ztun.outbound.together import Together
+from ztun.outbound.verdict import DatagramVerdict
 from ztun.ports import DatagramHandler, Destination, Dialling, Failure, OutboundError
 
 _VERSION = 5
@@ -239,9 +240,17 @@ class Socks5Outbound(ProxyOutbound):
 
     type = "socks5"
 
-    @cached_property
-    def _together(self) -> Together:
-        return Together(self._ask_for_nothing, self._forget_waiting)
+    def __init__(
+        self,
+        tag: str,
+        host: str,
+        port: int,
+        credentials: tuple[str, str] | None,
+        tools: Tools,
+        udp: DatagramVerdict,
+    ) -> None:
+        super().__init__(tag, host, port, credentials, tools, udp)
+        self._together = Together(self._ask_for_nothing, self._forget_waiting)
 
     def _dialogue(self, destination: Destination, *, greeted: bool = False) -> Dialogue:
         request, together = connect_request(destination), self._together.may()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ztun.stack.handler import Handler
 from ztun.stack.receiver import NO_PIECES
 from ztun.stack.segments import Segments
@@ -56,20 +54,28 @@ class Arrivals(Segments):
     last_heard: float
     received: int
 
-    if TYPE_CHECKING:  # what Connection has
+    # What Connection has.
 
-        @property
-        def is_closed(self) -> bool: ...
+    @property
+    def is_closed(self) -> bool:
+        raise NotImplementedError
 
-        def arm(self, when: float) -> None: ...
+    def arm(self, when: float) -> None:
+        raise NotImplementedError
 
-        def flush_ack(self, now: float) -> None: ...
+    def flush_ack(self, now: float) -> None:
+        raise NotImplementedError
 
-        def _send_syn_ack(self, now: float) -> None: ...
+    def _send_syn_ack(self, now: float) -> None:
+        raise NotImplementedError
 
-        def _enter_time_wait(self, now: float) -> None: ...
+    def _enter_time_wait(self, now: float) -> None:
+        raise NotImplementedError
 
-        def _finish(self, how: Closed, now: float) -> None: ...
+    def _finish(self, how: Closed, now: float) -> None:
+        raise NotImplementedError
+
+    # Segments in.
 
     def receive(
         self, seq: int, ack: int, bits: int, window: int, packet: memoryview, start: int, end: int, now: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ztun.stack.header import FlowKey
 
@@ -10,17 +10,16 @@ if TYPE_CHECKING:
     from ztun.stack.connection import Connection
 
 
-class _Datagram(NamedTuple):
-    key: bytes
-    payload: memoryview
-    packet: memoryview
-
-
-class Datagram(_Datagram, FlowKey):
+class Datagram(FlowKey):
     """A UDP datagram from a client. key: its addresses and ports as they stand in the packet, 12 or 36 bytes; payload
     and packet (from the IP header on) are views that must be copied to be kept."""
 
-    __slots__ = ()
+    __slots__ = ("key", "packet", "payload")
+
+    def __init__(self, key: bytes, payload: memoryview, packet: memoryview) -> None:
+        self.key = key
+        self.payload = payload
+        self.packet = packet
 
 
 class Listener(Protocol):

@@ -237,6 +237,9 @@ class Sender:
         if wait < self._conn.armed:
             self._conn.arm(wait)
 
+    def _stop_timer(self) -> None:
+        self.rto_at = None
+
     def _arm_for_reordering(self, due: float) -> None:
         """Let the timer expire at `due` if that is before the time of retransmission."""
         assert self.rto_at is not None
@@ -354,7 +357,7 @@ class Sender:
 
     def timed_out(self, now: float) -> bool:
         """The retransmission (or persist) timer expired. False when the peer is given up."""
-        self.rto_at = None
+        self._stop_timer()
         if self._timer is _Timer.REORDERING:
             self._wait_no_longer(now)
             return True

@@ -1,0 +1,118 @@
+"""Compiles what packets pass through, when a wheel is made: mypyc makes C of the same sources (docs/compiling.md).
+
+ZTUN_BUILD in the environment: `pure` leaves the wheel without; `compiled` raises where it cannot be done; `auto`, the
+default, compiles where there is a C compiler with the headers of this Python, and leaves it where there is none.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+# Globs of sources. Whole packages where that can be: what inherits from a compiled class has to be compiled too.
+MODULES = (
+    "ztun/wire/*.py",
+    "ztun/stack/*.py",
+    "ztun/outbound/*.py",
+    "ztun/gateway/*.py",
+    "ztun/platform/linux/poller.py",
+    "ztun/platform/linux/sockets.py",
+    "ztun/platform/linux/tun.py",
+)
+_LEFT_OUT = frozenset({"ztun/outbound/batch.py"})  # ctypes from end to end: there is nothing to gain
+_REQUIREMENTS = ["mypy>=1.15", "setuptools>=68"]
+# Nothing that is not here is looked at: the libraries that ztun uses are not installed where wheels are built.
+_MYPY = ["--config-file=", "--ignore-missing-imports", "--follow-imports=silent", "--no-incremental", "--no-warn-no-return"]
+# -O2 takes twice as long and is no faster. mypyc asks for -Werror, which other compilers than its own do not deserve.
+_FLAGS = ["-Wno-error"]
+_OPTIMISATION = "1"
+
+
+class Compiling(BuildHookInterface[Any]):
+    PLUGIN_NAME = "custom"
+
+    def dependencies(self) -> list[str]:
+        """What pip installs for the build besides the build backend."""
+        return _REQUIREMENTS if _wanted() else []
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile, and put the extensions beside their sources. An editable install stays as it is written."""
+        if version == "editable" or not _wanted():
+            return
+        target = Path(tempfile.mkdtemp(prefix="ztun-build-"))
+        build_data["pure_python"] = False
+        build_data["infer_tag"] = True
+        for built in compile_all(Path(self.root), target):
+            build_data["force_include"][str(built)] = str(built.relative_to(target / "lib"))
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        for built in build_data["force_include"]:
+            if "ztun-build-" in built:
+                shutil.rmtree(next(at for at in Path(built).parents if at.name.startswith("ztun-build-")), True)
+                return
+
+
+def _wanted() -> bool:
+    """Raises ValueError for what ZTUN_BUILD cannot be."""
+    wanted = os.environ.get("ZTUN_BUILD", "auto")
+    if wanted not in ("auto", "compiled", "pure"):
+        raise ValueError(f"ZTUN_BUILD={wanted}: it is auto, compiled or pure")
+    return wanted == "compiled" or (wanted == "auto" and _can_compile())
+
+
+def _can_compile() -> bool:
+    if platform.python_implementation() != "CPython" or sys.platform != "linux":
+        return False
+    compiler = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
+    return shutil.which(compiler.split()[0]) is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+def compile_all(root: Path, target: Path) -> list[Path]:
+    """Compile the MODULES below `root`. Returns the extensions, which lie below `target`/lib as their sources do.
+
+    Raises what mypyc and the C compiler raise.
+    """
+    from mypyc.build import mypycify
+    from setuptools import Distribution
+    from setuptools.command.build_ext import build_ext
+
+    with chdir(root):
+        sources = sorted({str(path) for pattern in MODULES for path in Path().glob(pattern)} - _LEFT_OUT)
+        extensions = mypycify(
+            [*_MYPY, f"--cache-dir={target / 'mypy'}", *sources],
+            opt_level=_OPTIMISATION,
+            debug_level="0",
+            multi_file=True,
+            target_dir=str(target / "c"),
+            group_name="ztun",
+        )
+        for extension in extensions:
+            extension.extra_compile_args += _FLAGS
+        build = build_ext(Distribution({"name": "ztun", "ext_modules": extensions}))
+        build.build_lib, build.build_temp = str(target / "lib"), str(target / "o")
+        build.ensure_finalized()
+        _compile_at_once(build)
+        build.run()
+    return sorted((target / "lib").rglob("*.so"))
+
+
+def _compile_at_once(build: Any) -> None:
+    """Have as many C files compiled at a time as there are processors: nearly all of them belong to one extension."""
+    from setuptools._distutils.ccompiler import CCompiler
+
+    def compile_(self: Any, sources: list[str], *args: Any, **kwargs: Any) -> list[str]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return [one for made in pool.map(lambda source: inner(self, [source], *args, **kwargs), sources) for one in made]
+
+    inner = CCompiler.compile
+    CCompiler.compile = compile_  # type: ignore[method-assign]
