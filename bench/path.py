@@ -26,7 +26,7 @@ from ztun.stack import BufferPool, Connection, Datagram, Stack, StackSettings
 from ztun.wire import ip, tcp, vnet
 
 _CLIENT, _SERVER = b"\x0a\x0a\0\x02", b"\xcb\0\x71\x0a"
-_REQUEST, _RESPONSE = bytes(44), bytes(222)
+_REQUEST, RESPONSE = bytes(44), bytes(222)
 _FLOWS = 32
 _MSS, _SACK_PERMITTED, _WINDOW_SCALE = bytes((2, 4, 5, 180)), bytes((4, 2)), bytes((1, 3, 3, 7))
 
@@ -45,6 +45,9 @@ def stamps() -> bytes:
 
 def _stamp() -> bytes:
     return struct.pack("!BBII", 8, 10, int(time.monotonic() * 1000) % 2**32, 1)
+
+
+LINUX_SYN = _MSS + _SACK_PERMITTED + _stamp() + _WINDOW_SCALE
 
 
 @dataclass
@@ -74,7 +77,7 @@ class Bench:
         self.flows = [self._open(2000 + number) for number in range(_FLOWS)]
 
     def _open(self, port: int) -> Flow:
-        self._arrives(segment(port, 100, 0, tcp.SYN, _MSS + _SACK_PERMITTED + _stamp() + _WINDOW_SCALE))
+        self._arrives(segment(port, 100, 0, tcp.SYN, LINUX_SYN))
         conn = self.opened
         assert conn is not None
         upstream, proxy = socket.socketpair()
@@ -102,12 +105,12 @@ class Bench:
         spent = time.perf_counter() - begin
         for flow in self.flows:
             flow.proxy.recv(4096)
-            flow.proxy.send(_RESPONSE)
+            flow.proxy.send(RESPONSE)
             begin = time.perf_counter()
             flow.relay.ready(READABLE)
             spent += time.perf_counter() - begin
             self.wire.recv(4096)
-            flow.ack += len(_RESPONSE)
+            flow.ack += len(RESPONSE)
         return spent / _FLOWS * 1e6
 
     # A stack Listener.

@@ -32,7 +32,7 @@ MODULES = (
 _LEFT_OUT = frozenset({"ztun/outbound/batch.py"})  # ctypes from end to end: there is nothing to gain
 _REQUIREMENTS = ["mypy>=1.15", "setuptools>=68"]
 # Nothing that is not here is looked at: the libraries that ztun uses are not installed where wheels are built.
-_MYPY = ["--config-file=", "--ignore-missing-imports", "--follow-imports=silent", "--no-incremental", "--no-warn-no-return"]
+_MYPY = ["--config-file=", "--ignore-missing-imports", "--follow-imports=silent", "--no-incremental"]
 # -O2 takes twice as long and is no faster. mypyc asks for -Werror, which other compilers than its own do not deserve.
 _FLAGS = ["-Wno-error"]
 _OPTIMISATION = "1"
@@ -110,9 +110,11 @@ def _compile_at_once(build: Any) -> None:
     """Have as many C files compiled at a time as there are processors: nearly all of them belong to one extension."""
     from setuptools._distutils.ccompiler import CCompiler
 
-    def compile_(self: Any, sources: list[str], *args: Any, **kwargs: Any) -> list[str]:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return [one for made in pool.map(lambda source: inner(self, [source], *args, **kwargs), sources) for one in made]
-
     inner = CCompiler.compile
-    CCompiler.compile = compile_  # type: ignore[method-assign]
+
+    def compile_sources(self: Any, sources: list[str], *args: Any, **kwargs: Any) -> list[str]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = pool.map(lambda source: inner(self, [source], *args, **kwargs), sources)
+            return [one for made in objects for one in made]
+
+    CCompiler.compile = compile_sources  # type: ignore[method-assign]

@@ -45,7 +45,7 @@ MARK = 0x7A74
 HEARTBEAT_INTERVAL = 0.2
 # Objects that come before a look for dead cycles, and such looks before one at older objects. A flow is some 40, nearly
 # all dead when it is over, and looking again and again at those that live is what costs.
-_COLLECT = (20_000, 20, 20)
+COLLECT = (20_000, 20, 20)
 Announce = Callable[[Mapping[str, Any]], None]
 
 
@@ -74,7 +74,7 @@ async def run(settings: Settings, announce: Announce) -> int:
                 pulse.start()
                 gc.collect()
                 gc.freeze()  # what is here now stays: later collections need not look at it
-                gc.set_threshold(*_COLLECT)
+                gc.set_threshold(*COLLECT)
                 await stop.asked.wait()
             instance.parts.state = "stopping"
             notify("STOPPING=1")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum, IntEnum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from socket import socket
@@ -379,11 +379,11 @@ class Outbound(Protocol):
 ReadyHandler = Callable[[int], None]
 """Told of readiness with a mask: READABLE, WRITABLE and what else poll(2) knows; 0 when it asked for `again`."""
 
-READABLE = 0x001
-WRITABLE = 0x004
+READABLE: Final = 0x001
+WRITABLE: Final = 0x004
 # POLLRDHUP, POLLHUP, POLLERR: the end of what can be read is near; POLLPRI: an urgent mark, at which a read stops.
 # With one of them a short read is not the last.
-ENDED = 0x201A
+ENDED: Final = 0x201A
 
 
 class Poller(Protocol):

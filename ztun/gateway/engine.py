@@ -6,6 +6,7 @@ import asyncio
 import errno
 import time
 from collections.abc import Callable
+from typing import Final
 
 import structlog
 
@@ -17,16 +18,20 @@ from ztun.stack.timers import NEVER
 log = structlog.get_logger("ztun.engine")
 
 # Packets read before others in the event loop get their turn: at most 4 MiB of payload, some milliseconds.
-_BATCH = 64
+_BATCH: Final = 64
+# To find the TUN empty costs nearly as much as a packet. Where one came alone, the next ones probably will: so many
+# times more, one is read and no other asked for. Others that came with it make the descriptor readable again.
+_ALONE: Final = 8
 # A read that fails for want of memory, or since the device is just being set down: tried again after so many seconds,
 # then after twice as many. Everything else means that the device is gone.
-_PASSING = frozenset({errno.EIO, errno.ENOBUFS, errno.ENOMEM, errno.EINTR})
-_PAUSE, _LONGEST_PAUSE = 0.01, 1.0
-_NO_BUFFER = memoryview(bytearray())
+_PASSING: Final = frozenset({errno.EIO, errno.ENOBUFS, errno.ENOMEM, errno.EINTR})
+_PAUSE: Final = 0.01
+_LONGEST_PAUSE: Final = 1.0
+_NO_BUFFER: Final = memoryview(bytearray())
 # Seconds of silence after which the poller's pulse comes before a word to a client. It comes after each wait as well,
 # but a process can stand still anywhere, and go on with what it was about to say.
-_PULSE_INTERVAL = 0.1
-_TRIM_INTERVAL = 5.0  # seconds between looks at how many buffers were not needed
+_PULSE_INTERVAL: Final = 0.1
+_TRIM_INTERVAL: Final = 5.0  # seconds between looks at how many buffers were not needed
 
 
 class Engine:
@@ -56,6 +61,7 @@ class Engine:
         self._pulse_at = 0.0
         self._trimmer: asyncio.TimerHandle | None = None
         self._pause = _PAUSE
+        self._alone = 0  # how many more times one packet is read, and it is not asked for another
         self._reader: asyncio.TimerHandle | None = None  # set while reading waits
 
     def start(self) -> None:
@@ -103,7 +109,11 @@ class Engine:
         now = time.monotonic()
         stack, buffer = self.stack, self._buffer
         recv_into = self._device.recv_into
-        for _ in range(_BATCH):
+        most = _BATCH
+        if self._alone:
+            self._alone -= 1
+            most = 1
+        for count in range(most):
             try:
                 length = recv_into(buffer)
             except OSError as error:
@@ -113,6 +123,8 @@ class Engine:
                     self._lose_device(error)
                 break
             if not length:
+                if count == 1:
+                    self._alone = _ALONE
                 break
             self.read += 1
             try:

@@ -7,12 +7,12 @@ the component "flow" decides and its limit on repeats.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Final
 
 from ztun.gateway.routing import endpoint, text
 from ztun.log.system import BoundLogger, log_system
 
-_INFO = logging.INFO
+_INFO: Final = logging.INFO
 
 
 class FlowLog:

@@ -7,7 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import structlog
 
@@ -28,10 +28,10 @@ from ztun.wire.icmp import Reason
 
 log = structlog.get_logger("ztun.outbound")
 
-_MAX_DNS_TASKS = 512
-_MAX_DNS_TASKS_PER_SOURCE = 256
-_IDLE = 1.0  # seconds without data, after which a flow may be ended when the gateway stops
-_DRAIN_STEP = 0.05
+_MAX_DNS_TASKS: Final = 512
+_MAX_DNS_TASKS_PER_SOURCE: Final = 256
+_IDLE: Final = 1.0  # seconds without data, after which a flow may be ended when the gateway stops
+_DRAIN_STEP: Final = 0.05
 _YOUNG = 5.0  # seconds that a flow lives before its upstream connection is kept alive
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import socket
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from ztun.ports import Destination, Origin, Outbound
 from ztun.rules import DNS, Decision, FlowInfo
 
-_MAX_KNOWN = 8192  # decisions that are kept; then all are made anew
-_MAX_LEARNED = 65536  # as many as bpf/shared.h keeps
+_MAX_KNOWN: Final = 8192  # decisions that are kept; then all are made anew
+_MAX_LEARNED: Final = 65536  # as many as bpf/shared.h keeps
 
 
 class NamePool(Protocol):

@@ -7,6 +7,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable
+from typing import Final
 
 from ztun.gateway.engine import Engine
 from ztun.outbound.tcp import keep_alive
@@ -14,15 +15,15 @@ from ztun.ports import ENDED, READABLE, WRITABLE
 from ztun.stack import Closed, Connection
 
 # Below this, bytes are copied: a view would keep a 64 KiB buffer alive for them.
-_COPY_BELOW = 8192
-_KEEP_FROM = 32768  # for what waits for the upstream: at most half of the memory it takes is not its own
-_READS = 8  # of one flow before the others get their turn
-_LINGER_RESET = struct.pack("ii", 1, 0)
-_MAX_VECTORS = 64
-_LINGER = 60.0  # seconds that an upstream has to take the rest when the client is done
-_MAY_READ = READABLE | ENDED
-_MAY_WRITE = WRITABLE | ENDED
-_NOTHING: deque[memoryview] = deque()  # shared: an empty deque is 600 bytes, and most flows never wait
+_COPY_BELOW: Final = 8192
+_KEEP_FROM: Final = 32768  # for what waits for the upstream: at most half of the memory it takes is not its own
+_READS: Final = 8  # of one flow before the others get their turn
+_LINGER_RESET: Final = struct.pack("ii", 1, 0)
+_MAX_VECTORS: Final = 64
+_LINGER: Final = 60.0  # seconds that an upstream has to take the rest when the client is done
+_MAY_READ: Final = READABLE | ENDED
+_MAY_WRITE: Final = WRITABLE | ENDED
+_NOTHING: Final[deque[memoryview]] = deque()  # shared: an empty deque is 600 bytes, and most flows never wait
 
 
 class TcpRelay:

@@ -12,14 +12,15 @@ import errno
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
-from typing import Protocol
+from typing import Final, Protocol
 
 from ztun.outbound import tcp
 from ztun.outbound.errors import os_error
 from ztun.ports import ENDED, READABLE, WRITABLE, Connected, Failed, Failure, OutboundError, Poller, SocketFactory
 
-_CHUNK = 4096  # bytes to peek at; longer headers take several turns
-_MAY_READ = READABLE | ENDED
+_CHUNK: Final = 4096  # bytes to peek at; longer headers take several turns
+_MAY_READ: Final = READABLE | ENDED
+_PEEK: Final = int(socket.MSG_PEEK)
 
 
 class Dialogue(Protocol):
@@ -234,7 +235,7 @@ class Dial:
                     self._finish(sock, ended)
                     return
             while more:
-                data = sock.recv(_CHUNK, socket.MSG_PEEK)
+                data = sock.recv(_CHUNK, _PEEK)
                 if not data:
                     raise OutboundError(Failure.PROXY_FAILED, "it closed the connection instead of answering")
                 taken, answer = dialogue.receive(data)
@@ -299,7 +300,10 @@ class Dial:
         assert self._sock is not None
         if not self._unsent:
             try:
-                data = data[self._sock.send(data) :]
+                sent = self._sock.send(data)
+                if sent == len(data):
+                    return
+                data = data[sent:]
             except (BlockingIOError, InterruptedError):
                 pass
             except OSError as error:

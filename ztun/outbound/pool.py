@@ -12,13 +12,16 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from typing import Final
 
 from ztun.ports import Connected, Dialling, Failed, OutboundError, Poller
 
-_PAUSE = 0.01  # seconds from a connection's being taken to the making of the next
-_BUSY = 16  # flows within one pause: more than a page in a browser wants at once
-_FIRST_PATIENCE, _MOST_PATIENCE = 1.0, 64.0  # seconds, after the proxy ended or refused some
-IDLE_LIMIT = 300.0  # seconds that a connection waits before a fresh one takes its place
+_PAUSE: Final = 0.01  # seconds from a connection's being taken to the making of the next
+_BUSY: Final = 16  # flows within one pause: more than a page in a browser wants at once
+# seconds, after the proxy ended or refused some
+_FIRST_PATIENCE: Final = 1.0
+_MOST_PATIENCE: Final = 64.0
+IDLE_LIMIT: Final = 300.0  # seconds that a connection waits before a fresh one takes its place
 
 
 class WarmPool:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from enum import Enum
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 from ztun.outbound import tcp
 from ztun.outbound.associate import AssociateLink
@@ -20,18 +20,27 @@ from ztun.outbound.together import Together
 from ztun.outbound.verdict import DatagramVerdict
 from ztun.ports import DatagramHandler, Destination, Dialling, Failure, OutboundError
 
-_VERSION = 5
-_AUTHENTICATION_VERSION = 1  # RFC 1929, section 2
-_NONE, _USERNAME, _NO_ACCEPTABLE = 0, 2, 0xFF  # methods
-_CONNECT, _ASSOCIATE = 1, 3  # commands
-_IPV4, _NAME, _IPV6 = 1, 3, 4  # ATYP
+_VERSION: Final = 5
+_AUTHENTICATION_VERSION: Final = 1  # RFC 1929, section 2
+# methods
+_NONE: Final = 0
+_USERNAME: Final = 2
+_NO_ACCEPTABLE: Final = 0xFF
+# commands
+_CONNECT: Final = 1
+_ASSOCIATE: Final = 3
+# ATYP
+_IPV4: Final = 1
+_NAME: Final = 3
+_IPV6: Final = 4
 
-_GREETING = bytes((_VERSION, 1, _NONE))
+_GREETING: Final = bytes((_VERSION, 1, _NONE))
 # Method and reply of a proxy that grants a request, up to BND.ADDR, where they come together.
-_GRANTED = bytes((_VERSION, _NONE, _VERSION, 0, 0, _IPV4))
-_GRANTED_LENGTH = len(_GRANTED) + 4 + 2
+_GRANTED: Final = bytes((_VERSION, _NONE, _VERSION, 0, 0, _IPV4))
+_GRANTED_IPV4: Final = _GRANTED[2:]  # of the reply alone
+_GRANTED_LENGTH: Final = len(_GRANTED) + 4 + 2
 
-_FAILURES = {
+_FAILURES: Final = {
     1: (Failure.PROXY_FAILED, "it failed for a reason of its own"),
     2: (Failure.PROHIBITED, "its ruleset does not allow the connection"),
     3: (Failure.NETWORK_UNREACHABLE, "the network is unreachable from it"),
@@ -43,12 +52,12 @@ _FAILURES = {
 }
 
 # Replies by which a proxy says that it carries no datagrams, for us at least.
-_NO_DATAGRAMS = {2: Failure.PROHIBITED, 7: Failure.UNSUPPORTED, 8: Failure.UNSUPPORTED}
+_NO_DATAGRAMS: Final = {2: Failure.PROHIBITED, 7: Failure.UNSUPPORTED, 8: Failure.UNSUPPORTED}
 
-_SHORT = 2  # version and method; version and status; and of a reply that reports a failure
-_LENGTH_KNOWN = 5  # with this many bytes of a reply, its length is known
-_SHORTEST_REPLY = 4 + 4 + 2  # of those that grant a request, but for names of one or two letters
-_REPLY_SIZES = {_IPV4: 4 + 4 + 2, _IPV6: 4 + 16 + 2}  # a name comes behind its length
+_SHORT: Final = 2  # version and method; version and status; and of a reply that reports a failure
+_LENGTH_KNOWN: Final = 5  # with this many bytes of a reply, its length is known
+_SHORTEST_REPLY: Final = 4 + 4 + 2  # of those that grant a request, but for names of one or two letters
+_REPLY_SIZES: Final = {_IPV4: 4 + 4 + 2, _IPV6: 4 + 16 + 2}  # a name comes behind its length
 
 
 def encode_request(command: int, host: str, port: int) -> bytes:
@@ -85,7 +94,16 @@ class Socks5Dialogue:
     """
 
     __slots__ = (
-        "_credentials", "_message", "_request", "_state", "asked", "bound", "code", "done", "least", "together",
+        "_credentials",
+        "_message",
+        "_reply",
+        "_request",
+        "_state",
+        "asked",
+        "code",
+        "done",
+        "least",
+        "together",
     )  # fmt: skip
 
     def __init__(
@@ -101,11 +119,23 @@ class Socks5Dialogue:
         self.least = (_SHORT if credentials is None else 2 * _SHORT) + _SHORTEST_REPLY if together else 0
         self.asked = False
         self.code: int | None = None  # the reply's, which is 0 when it granted the request
-        self.bound: tuple[str, int] = ("", 0)  # BND.ADDR and BND.PORT of the reply
         self._request = request
         self._credentials = credentials
         self._state = _State.REPLY if greeted else _State.METHOD
         self._message = b""
+        self._reply = b""  # that which granted the request
+
+    @property
+    def bound(self) -> tuple[str, int]:
+        """BND.ADDR and BND.PORT of the reply; an empty host before it came."""
+        reply = self._reply
+        if not reply:
+            return "", 0
+        if reply[3] == _NAME:
+            host = reply[5:-2].decode()
+        else:
+            host = socket.inet_ntop(socket.AF_INET if reply[3] == _IPV4 else socket.AF_INET6, reply[4:-2])
+        return host, int.from_bytes(reply[-2:], "big")
 
     def start(self) -> bytes:
         """The methods that we can, or the request when they were agreed upon before."""
@@ -140,6 +170,17 @@ class Socks5Dialogue:
         return taken
 
     def _receive(self, data: bytes) -> tuple[int, bytes]:
+        """The ways for a message that comes whole, as nearly all do, and for one in pieces."""
+        if not self._message:
+            if self._state is not _State.REPLY:
+                if len(data) == _SHORT:
+                    return _SHORT, self._take(data)
+            elif data.startswith(_GRANTED_IPV4) and len(data) >= _SHORTEST_REPLY:
+                self._grant(data[:_SHORTEST_REPLY])
+                return _SHORTEST_REPLY, b""
+        return self._receive_pieces(data)
+
+    def _receive_pieces(self, data: bytes) -> tuple[int, bytes]:
         taken, answer = 0, b""
         while taken < len(data) and not self.done:
             missing = self._size() - len(self._message)
@@ -211,18 +252,18 @@ class Socks5Dialogue:
         if message[2]:
             raise _malformed(message)  # RSV, which is 0
         kind = message[3]
-        if kind == _IPV4:
-            host = socket.inet_ntop(socket.AF_INET, message[4:8])
-        elif kind == _IPV6:
-            host = socket.inet_ntop(socket.AF_INET6, message[4:20])
-        elif kind == _NAME:
+        if kind == _NAME:
             try:
-                host = message[5:-2].decode()
+                message[5:-2].decode()
             except UnicodeDecodeError:
                 raise _malformed(message) from None
-        else:
+        elif kind not in (_IPV4, _IPV6):
             raise _malformed(message)
-        self.bound = host, int.from_bytes(message[-2:], "big")
+        self._grant(message)
+
+    def _grant(self, reply: bytes) -> None:
+        self.code = 0
+        self._reply = reply
         self.done = True
 
 

@@ -7,15 +7,18 @@ import errno
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 from ztun.outbound.errors import most_telling, os_error
 from ztun.ports import Poller, SocketFactory
 
-ATTEMPT_DELAY = 0.25  # seconds between two attempts: the recommended Connection Attempt Delay (RFC 8305, section 5)
+ATTEMPT_DELAY: Final = (
+    0.25  # seconds between two attempts: the recommended Connection Attempt Delay (RFC 8305, section 5)
+)
 
-_MAX_KEEPALIVE = 32767  # seconds: MAX_TCP_KEEPIDLE and MAX_TCP_KEEPINTVL, net/tcp.h
-_KEEP_INTERVALS = ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL")  # the second is macOS's name of the first
-_ESTABLISHED = (0, errno.EISCONN)
+_MAX_KEEPALIVE: Final = 32767  # seconds: MAX_TCP_KEEPIDLE and MAX_TCP_KEEPINTVL, net/tcp.h
+_KEEP_INTERVALS: Final = ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL")  # the second is macOS's name of the first
+_ESTABLISHED: Final = (0, errno.EISCONN)
 
 
 def family_of(address: str) -> int:

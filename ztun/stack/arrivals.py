@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from ztun.stack.handler import Handler
 from ztun.stack.receiver import NO_PIECES
 from ztun.stack.segments import Segments
@@ -22,9 +24,9 @@ from ztun.wire import tcp
 from ztun.wire.sequence import MASK, unwrap
 from ztun.wire.tcp import ACK, FIN, RST, SYN
 
-_EXCEPTIONS = ACK | RST | SYN  # of these, the short way takes only ACK
-_OPEN = (ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, CLOSE_WAIT, LAST_ACK)  # likeliest first
-_PAWS_IDLE = 24 * 86400.0  # RFC 7323 section 5.5: an idle connection's TS.Recent is no longer trusted
+_EXCEPTIONS: Final = ACK | RST | SYN  # of these, the short way takes only ACK
+_OPEN: Final = (ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, CLOSE_WAIT, LAST_ACK)  # likeliest first
+_PAWS_IDLE: Final = 24 * 86400.0  # RFC 7323 section 5.5: an idle connection's TS.Recent is no longer trusted
 
 
 class Arrivals(Segments):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ztun.stack.connection import Connection
 from ztun.stack.header import reset_for, reverse
@@ -13,8 +13,8 @@ from ztun.wire.sequence import MASK
 if TYPE_CHECKING:
     from ztun.stack.stack import Stack
 
-_IP = vnet.LENGTH  # where the IP header starts
-_QUOTE = ip.MINIMUM_MTU6  # no ICMP error quotes more
+_IP: Final = vnet.LENGTH  # where the IP header starts
+_QUOTE: Final = ip.MINIMUM_MTU6  # no ICMP error quotes more
 
 
 class Unconnected:

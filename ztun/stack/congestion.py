@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-_INITIAL_SEGMENTS = 10  # RFC 6928
-_UNSET = 1 << 62
+from typing import Final
+
+_INITIAL_SEGMENTS: Final = 10  # RFC 6928
+_UNSET: Final = 1 << 62
 
 
 class NewReno:

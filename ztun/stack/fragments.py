@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Final
 
 from ztun.stack.memory import PIECE
 from ztun.stack.sources import SourceCounts, source_of
@@ -11,12 +12,12 @@ from ztun.wire import ip
 from ztun.wire.extensions import ERRONEOUS_FIELD
 from ztun.wire.malformed import MalformedError, ParameterError
 
-_TIMEOUT = 60.0  # seconds (RFC 1122 section 3.3.2, RFC 8200 section 4.5)
-_MAX_PIECES = 512  # of one datagram; a link of 576 bytes makes 119
-_MAX_SIZE = {4: 65535 - 20, 6: 65535}  # of a transport payload, by the length fields of the IP headers
-_SMALLEST = {ip.TCP: 20, ip.UDP: 8, ip.ICMP: 8}  # transport headers over IPv4
-_ENTRY = 4 * PIECE  # what a datagram costs beside its pieces
-_LENGTH_FIELD = 4  # offset in the IPv6 header
+_TIMEOUT: Final = 60.0  # seconds (RFC 1122 section 3.3.2, RFC 8200 section 4.5)
+_MAX_PIECES: Final = 512  # of one datagram; a link of 576 bytes makes 119
+_MAX_SIZE: Final = {4: 65535 - 20, 6: 65535}  # of a transport payload, by the length fields of the IP headers
+_SMALLEST: Final = {ip.TCP: 20, ip.UDP: 8, ip.ICMP: 8}  # transport headers over IPv4
+_ENTRY: Final = 4 * PIECE  # what a datagram costs beside its pieces
+_LENGTH_FIELD: Final = 4  # offset in the IPv6 header
 _Key = tuple[bytes, bytes, int, int]
 
 

@@ -10,48 +10,44 @@ from __future__ import annotations
 
 import struct
 from functools import lru_cache
-from typing import Protocol
+from typing import Final
 
 from ztun.wire import checksum, ip, tcp, udp, vnet
 from ztun.wire.sequence import MASK
 
-_CSUM_OFFSET = 16  # of the checksum field in the TCP header
-_MAX_IP4 = 65535
+_CSUM_OFFSET: Final = 16  # of the checksum field in the TCP header
+_MAX_IP4: Final = 65535
 
 # virtio_net_hdr, version/TOS, total length, ID/flags/TTL/protocol, checksum, addresses and ports, then TCP.
-_V4 = struct.Struct("!10s2sH6sH12sIIHHHH")
+_V4: Final = struct.Struct("!10s2sH6sH12sIIHHHH")
 # virtio_net_hdr, version/class/label, payload length, next header/hop limit, addresses and ports, then TCP.
-_V6 = struct.Struct("!10s4sH2s36sIIHHHH")
-
-
-class Keyed(Protocol):
-    """Who has a flow's key: source and destination address, source and destination port of the client's packets, as on
-    the wire, 12 bytes for IPv4, 36 for IPv6."""
-
-    @property
-    def key(self) -> bytes: ...
+_V6: Final = struct.Struct("!10s4sH2s36sIIHHHH")
 
 
 class FlowKey:
-    """What the key says. A base for whoever is `Keyed`."""
+    """A base for what belongs to a flow. key: source and destination address, source and destination port of the
+    client's packets, as on the wire, 12 bytes for IPv4, 36 for IPv6."""
 
-    __slots__ = ()
+    __slots__ = ("key",)
+
+    def __init__(self, key: bytes) -> None:
+        self.key = key
 
     @property
-    def source(self: Keyed) -> bytes:
+    def source(self) -> bytes:
         return self.key[: (len(self.key) - 4) // 2]
 
     @property
-    def destination(self: Keyed) -> bytes:
+    def destination(self) -> bytes:
         return self.key[(len(self.key) - 4) // 2 : -4]
 
     @property
-    def source_port(self: Keyed) -> int:
-        return int.from_bytes(self.key[-4:-2], "big")
+    def source_port(self) -> int:
+        return self.key[-4] << 8 | self.key[-3]
 
     @property
-    def destination_port(self: Keyed) -> int:
-        return int.from_bytes(self.key[-2:], "big")
+    def destination_port(self) -> int:
+        return self.key[-2] << 8 | self.key[-1]
 
 
 class FlowHeader:
@@ -148,9 +144,9 @@ def _vnet_header(ip_length: int, header: int, size: int) -> bytes:
 
 
 # virtio_net_hdr, version/TOS, total length, ID/flags/TTL/protocol, checksum, addresses and ports, UDP length, checksum.
-_UDP4 = struct.Struct("!10s2sH6sH12sHH")
+_UDP4: Final = struct.Struct("!10s2sH6sH12sHH")
 # virtio_net_hdr, version/class/label, payload length, next header/hop limit, addresses and ports, UDP length, checksum.
-_UDP6 = struct.Struct("!10s4sH2s36sHH")
+_UDP6: Final = struct.Struct("!10s4sH2s36sHH")
 
 
 class DatagramHeader:

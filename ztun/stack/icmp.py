@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ztun.stack.header import reverse
 from ztun.stack.sources import source_of
@@ -14,12 +14,13 @@ from ztun.wire.malformed import MalformedError, ParameterError
 if TYPE_CHECKING:
     from ztun.stack.stack import Stack
 
-_IP = vnet.LENGTH  # where the IP header starts
+_IP: Final = vnet.LENGTH  # where the IP header starts
 # Codes of Destination Unreachable that stay true when one waits (RFC 1122 section 4.2.3.9; administratively prohibited
 # came with RFC 1812 section 5.2.7.1). The others tell of a moment.
-_HARD4 = frozenset({2, 3, 9, 10, 13})
-_HARD6 = frozenset({1, 4, 5, 6})
-_PORT4, _PORT6 = 3, 4
+_HARD4: Final = frozenset({2, 3, 9, 10, 13})
+_HARD6: Final = frozenset({1, 4, 5, 6})
+_PORT4: Final = 3
+_PORT6: Final = 4
 
 _Build = Callable[[bytes, bytes, bytes | memoryview], bytes]
 

@@ -14,10 +14,10 @@ class Datagram(FlowKey):
     """A UDP datagram from a client. key: its addresses and ports as they stand in the packet, 12 or 36 bytes; payload
     and packet (from the IP header on) are views that must be copied to be kept."""
 
-    __slots__ = ("key", "packet", "payload")
+    __slots__ = ("packet", "payload")
 
     def __init__(self, key: bytes, payload: memoryview, packet: memoryview) -> None:
-        self.key = key
+        super().__init__(key)
         self.payload = payload
         self.packet = packet
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-PIECE = 256  # what Python's objects cost for a piece of data, however short it is
+from typing import Final
+
+PIECE: Final = 256  # what Python's objects cost for a piece of data, however short it is
 
 
 class Memory:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
+from typing import Final
 
 from ztun.stack.memory import PIECE
 from ztun.stack.ranges import RangeSet
 
 # Below this the bytes are copied, so that no piece keeps a buffer alive that is more than twice as large.
-_COPY_BELOW = 32768
+_COPY_BELOW: Final = 32768
 
 
 # Arrivals that are remembered to order SACK blocks by.
-_RECENT = 8
+_RECENT: Final = 8
 
 
 class Reassembly:

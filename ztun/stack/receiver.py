@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from ztun.stack.reassembly import Reassembly
 
 # So many out-of-order pieces are held: one for each so many bytes of buffer, but at least so many.
-_BYTES_PER_PIECE = 512
-_PIECES = 256
-NO_PIECES = Reassembly(0)  # of every connection that misses nothing, which is nearly all, nearly always
+_BYTES_PER_PIECE: Final = 512
+_PIECES: Final = 256
+NO_PIECES: Final = Reassembly(0)  # of every connection that misses nothing, which is nearly all, nearly always
 
 
 class Receiver:

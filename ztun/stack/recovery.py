@@ -6,7 +6,7 @@ A flow has one of these only while something is in doubt, so that the others nei
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ztun.stack.scoreboard import Scoreboard
 from ztun.wire.sequence import MASK
@@ -14,9 +14,11 @@ from ztun.wire.sequence import MASK
 if TYPE_CHECKING:
     from ztun.stack.sender import Sender
 
-_DUPLICATE_THRESHOLD = 3
-_TICK = 0.001  # seconds; less cannot be told from a busy machine
-_CALM = 16  # recoveries without a sign of reordering after which patience is back to its least (RFC 8985, section 6.2)
+_DUPLICATE_THRESHOLD: Final = 3
+_TICK: Final = 0.001  # seconds; less cannot be told from a busy machine
+_CALM: Final = (
+    16  # recoveries without a sign of reordering after which patience is back to its least (RFC 8985, section 6.2)
+)
 _Blocks = tuple[tuple[int, int], ...]
 
 

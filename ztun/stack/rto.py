@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-_GRANULARITY = 0.001
-_AFTER_LOST_SYN = 3.0
+from typing import Final
+
+_GRANULARITY: Final = 0.001
+_AFTER_LOST_SYN: Final = 3.0
 
 
 class RttEstimator:

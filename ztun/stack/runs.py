@@ -7,11 +7,12 @@ the device, UDP_SEGMENT on sockets), so a run costs one system call where its da
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from ztun.wire import udp
 
-RUN = 64  # datagrams: UDP_MAX_SEGMENTS of linux/udp.h before 6.9
-_RUN_BYTES = 64000  # of payload, which leaves room for what a proxy wants in front of each
+RUN: Final = 64  # datagrams: UDP_MAX_SEGMENTS of linux/udp.h before 6.9
+_RUN_BYTES: Final = 64000  # of payload, which leaves room for what a proxy wants in front of each
 
 Deliver = Callable[[list[bytes], float], None]
 

@@ -7,11 +7,11 @@ themselves tell the order; only retransmissions are listed, with their times, as
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ztun.stack.ranges import RangeSet
 
-_MAX_RANGES = 2048  # that are SACKed; only an attacker needs more (compare CVE-2019-11477)
+_MAX_RANGES: Final = 2048  # that are SACKed; only an attacker needs more (compare CVE-2019-11477)
 
 
 class Resent(NamedTuple):

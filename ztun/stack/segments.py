@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ztun.stack.header import FlowHeader, FlowKey, reverse
 from ztun.stack.sendqueue import Bytes
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from ztun.stack.stack import Stack
 
 _CHALLENGE_INTERVAL = 0.5  # seconds between challenge ACKs of one flow (RFC 5961 section 7)
-_TS_OPTIONS = 12
-_DEFAULT_MSS4, _DEFAULT_MSS6 = 536, 1220  # RFC 9293 section 3.7.1
-_MINIMUM_MTU4 = 68  # RFC 791: what every link takes
-_MINIMUM_MSS = 88  # smaller offers are attacks on the sender (CVE-2019-11479), not networks
+_TS_OPTIONS: Final = 12
+# RFC 9293 section 3.7.1
+_DEFAULT_MSS4: Final = 536
+_DEFAULT_MSS6: Final = 1220
+_MINIMUM_MTU4: Final = 68  # RFC 791: what every link takes
+_MINIMUM_MSS: Final = 88  # smaller offers are attacks on the sender (CVE-2019-11479), not networks
 
 
 class Segments(FlowKey):
@@ -34,7 +36,6 @@ class Segments(FlowKey):
         "client_mss",
         "header",
         "iss",
-        "key",
         "last_ack_sent",
         "rx",
         "sack_permitted",
@@ -50,8 +51,8 @@ class Segments(FlowKey):
     rx: Receiver
 
     def __init__(self, stack: Stack, key: bytes, iss: int, seq: int, options: tcp.Options) -> None:
+        super().__init__(key)
         self.stack = stack
-        self.key = key
         self.iss = iss
         self.header = FlowHeader(reverse(key), stack.settings.hop_limit, stack.settings.traffic_class)
         self.timestamps = options.timestamps is not None

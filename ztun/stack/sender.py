@@ -6,7 +6,7 @@ Loss recovery follows RFC 6675 with SACK and RFC 6582 without. Sequence numbers 
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ztun.stack.congestion import NewReno
 from ztun.stack.ranges import RangeSet
@@ -18,10 +18,10 @@ from ztun.wire import tcp
 if TYPE_CHECKING:
     from ztun.stack.connection import Connection
 
-_MAX_ACK_DELAY = 0.2  # of a client, in seconds (RFC 8985 section 7.2)
-_TICK = 0.005  # for what a busy machine takes to answer
-_PUSHED = tcp.ACK | tcp.PSH
-_NOTHING = RangeSet()
+_MAX_ACK_DELAY: Final = 0.2  # of a client, in seconds (RFC 8985 section 7.2)
+_TICK: Final = 0.005  # for what a busy machine takes to answer
+_PUSHED: Final = tcp.ACK | tcp.PSH
+_NOTHING: Final = RangeSet()
 
 
 class _Timer(Enum):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Final
 
 from ztun.stack.buffers import BufferPool
 from ztun.stack.memory import PIECE, Memory
 
-_MOST_PIECES = 256  # the kernel takes at most 1024 at once (IOV_MAX), headers included
+_MOST_PIECES: Final = 256  # the kernel takes at most 1024 at once (IOV_MAX), headers included
 Bytes = bytes | memoryview
 _Chunk = tuple[int, Bytes, memoryview | None]  # end, bytes, the pool's buffer that they lie in
-_NOTHING: deque[_Chunk] = deque()  # shared: an empty deque is 600 bytes, and idle flows are many
+_NOTHING: Final[deque[_Chunk]] = deque()  # shared: an empty deque is 600 bytes, and idle flows are many
 
 
 class SendQueue:

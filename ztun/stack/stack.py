@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from typing import Final
 
 from ztun.stack.admission import Admission
 from ztun.stack.arrivals import Arrivals
@@ -25,17 +26,17 @@ from ztun.wire.malformed import ParameterError
 # What of a packet decides about it, where the IP header has no options or extensions: virtio_net_hdr's flags, the
 # length field, for IPv4 the fragment word, addresses and ports, then of TCP sequence and acknowledgment numbers, flags
 # and window, of UDP the length.
-_TCP4 = struct.Struct("!B11xH2xH4x12sIIHH4x")
-_TCP6 = struct.Struct("!B13xH2x36sIIHH4x")
-_UDP4 = struct.Struct("!BB10xH2xH4x12sH2x")  # with virtio_net_hdr's GSO type
-_UDP6 = struct.Struct("!BB12xH2x36sH2x")
+_TCP4: Final = struct.Struct("!B11xH2xH4x12sIIHH4x")
+_TCP6: Final = struct.Struct("!B13xH2x36sIIHH4x")
+_UDP4: Final = struct.Struct("!BB10xH2xH4x12sH2x")  # with virtio_net_hdr's GSO type
+_UDP6: Final = struct.Struct("!BB12xH2x36sH2x")
 _unpack_udp4, _unpack_udp6 = _UDP4.unpack_from, _UDP6.unpack_from
-_TCP = struct.Struct("!HHIIHHHH")
-_IP = vnet.LENGTH  # where the IP header starts
-_UDP = udp.LENGTH
-_CHECKED = vnet.CHECKED
-_KEY4 = 12  # bytes of the key of an IPv4 flow
-_FRAGMENTED = 0x3FFF  # of the fragment word: More Fragments, or an offset
+_TCP: Final = struct.Struct("!HHIIHHHH")
+_IP: Final = vnet.LENGTH  # where the IP header starts
+_UDP: Final = udp.LENGTH
+_CHECKED: Final = vnet.CHECKED
+_KEY4: Final = 12  # bytes of the key of an IPv4 flow
+_FRAGMENTED: Final = 0x3FFF  # of the fragment word: More Fragments, or an offset
 
 Packet = tuple[bytes | memoryview, ...]
 

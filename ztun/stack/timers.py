@@ -8,7 +8,7 @@ not connections: one that is closed is gone, however far ahead its deadline was.
 from __future__ import annotations
 
 from heapq import heapify, heappop, heappush
-from typing import Protocol
+from typing import Final, Protocol
 
 
 class Timed(Protocol):
@@ -24,8 +24,8 @@ class Timed(Protocol):
     def expired(self, now: float) -> None: ...
 
 
-NEVER = float("inf")
-_SPARE = 64  # dead entries that are not worth a look
+NEVER: Final = float("inf")
+_SPARE: Final = 64  # dead entries that are not worth a look
 
 
 class TimerQueue:

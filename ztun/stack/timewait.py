@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ztun.stack.header import FlowHeader, reverse
 from ztun.wire import tcp
 from ztun.wire.sequence import MASK
 
-_BEYOND = 0x10000 + 1  # further than any unscaled window of the old connection reached
+_BEYOND: Final = 0x10000 + 1  # further than any unscaled window of the old connection reached
 
 
 class Waiting(NamedTuple):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Final
 
-_MOST_SOURCES = 1024
+_MOST_SOURCES: Final = 1024
 
 
 class TokenBucket:

@@ -6,7 +6,9 @@ integer, modulo 65535. CPython does that in C, which makes it by far the fastest
 
 from __future__ import annotations
 
-_M = 0xFFFF
+from typing import Final
+
+_M: Final = 0xFFFF
 
 
 def ones_sum(data: bytes | bytearray | memoryview, start: int = 0) -> int:

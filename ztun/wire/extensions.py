@@ -4,26 +4,40 @@ look at them."""
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ztun.wire.malformed import MalformedError, ParameterError
 
 # Next Header values.
-HOP_BY_HOP, ROUTING, FRAGMENT, NO_NEXT, OPTIONS = 0, 43, 44, 59, 60
-_TCP, _UDP, _ICMPV6 = 6, 17, 58
+HOP_BY_HOP: Final = 0
+ROUTING: Final = 43
+FRAGMENT: Final = 44
+NO_NEXT: Final = 59
+OPTIONS: Final = 60
+_TCP: Final = 6
+_UDP: Final = 17
+_ICMPV6: Final = 58
 
 # Codes of ICMPv6 Parameter Problem (RFC 4443 section 3.4, RFC 7112 section 5).
-ERRONEOUS_FIELD, UNKNOWN_HEADER, UNKNOWN_OPTION, INCOMPLETE_CHAIN = 0, 1, 2, 3
+ERRONEOUS_FIELD: Final = 0
+UNKNOWN_HEADER: Final = 1
+UNKNOWN_OPTION: Final = 2
+INCOMPLETE_CHAIN: Final = 3
 
-_FRAGMENT = struct.Struct("!BBHI")
-_MORE = 1
-_OFFSET = 0xFFF8
-_PAD1, _PADN = 0, 1
-_MAX_HEADERS = 8  # RFC 8504 section 5.3 lets a host bound them
-_MAX_OPTIONS = 64  # of one header, padding included
-_SMALLEST = {_TCP: 20, _UDP: 8, _ICMPV6: 8}  # transport headers
+_FRAGMENT: Final = struct.Struct("!BBHI")
+_MORE: Final = 1
+_OFFSET: Final = 0xFFF8
+_PAD1: Final = 0
+_PADN: Final = 1
+_MAX_HEADERS: Final = 8  # RFC 8504 section 5.3 lets a host bound them
+_MAX_OPTIONS: Final = 64  # of one header, padding included
+_SMALLEST: Final = {_TCP: 20, _UDP: 8, _ICMPV6: 8}  # transport headers
 
-_END, _NO_OPERATION, _LOOSE_ROUTE, _STRICT_ROUTE = 0, 1, 131, 137  # IPv4 options
+# IPv4 options
+_END: Final = 0
+_NO_OPERATION: Final = 1
+_LOOSE_ROUTE: Final = 131
+_STRICT_ROUTE: Final = 137
 
 
 class Fragment(NamedTuple):

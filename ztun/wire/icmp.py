@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import struct
 from enum import Enum
+from typing import Final
 
 from ztun.wire import checksum, ip
 
-ECHO_REPLY, UNREACHABLE, ECHO_REQUEST, TIME_EXCEEDED, PARAMETER = 0, 3, 8, 11, 12
-UNREACHABLE6, TOO_BIG6, TIME_EXCEEDED6, PARAMETER6, ECHO_REQUEST6, ECHO_REPLY6 = 1, 2, 3, 4, 128, 129
-FRAGMENTATION_NEEDED = 4  # code of UNREACHABLE
+ECHO_REPLY: Final = 0
+UNREACHABLE: Final = 3
+ECHO_REQUEST: Final = 8
+TIME_EXCEEDED: Final = 11
+PARAMETER: Final = 12
+UNREACHABLE6: Final = 1
+TOO_BIG6: Final = 2
+TIME_EXCEEDED6: Final = 3
+PARAMETER6: Final = 4
+ECHO_REQUEST6: Final = 128
+ECHO_REPLY6: Final = 129
+FRAGMENTATION_NEEDED: Final = 4  # code of UNREACHABLE
 
-_ERROR = struct.Struct("!BBHI")
-_QUOTE4 = 576 - 20 - 8  # RFC 1812 section 4.3.2.3
-_QUOTE6 = ip.MINIMUM_MTU6 - 40 - 8  # RFC 4443 section 2.4 (c)
+_ERROR: Final = struct.Struct("!BBHI")
+_QUOTE4: Final = 576 - 20 - 8  # RFC 1812 section 4.3.2.3
+_QUOTE6: Final = ip.MINIMUM_MTU6 - 40 - 8  # RFC 4443 section 2.4 (c)
 
 
-_PROTOCOL = 2  # code of UNREACHABLE
+_PROTOCOL: Final = 2  # code of UNREACHABLE
 
 
 class Reason(Enum):

@@ -7,26 +7,26 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ztun.wire import checksum, extensions
 from ztun.wire.extensions import Fragment
 from ztun.wire.malformed import MalformedError as MalformedError
 
-ICMP = 1
-TCP = 6
-UDP = 17
-ICMPV6 = 58
+ICMP: Final = 1
+TCP: Final = 6
+UDP: Final = 17
+ICMPV6: Final = 58
 
-MINIMUM_MTU6 = 1280
-DEFAULT_TTL = 64
+MINIMUM_MTU6: Final = 1280
+DEFAULT_TTL: Final = 64
 
-_V4 = struct.Struct("!BBHHHBBH4s4s")
-_V6 = struct.Struct("!IHBB16s16s")
-_FRAGMENT6 = struct.Struct("!BBHI")
-_NOT_ON_A_WIRE6 = (bytes(16), bytes(15) + b"\1")  # unspecified and loopback
-_DONT_FRAGMENT = 0x4000
-_MORE = 0x2000
+_V4: Final = struct.Struct("!BBHHHBBH4s4s")
+_V6: Final = struct.Struct("!IHBB16s16s")
+_FRAGMENT6: Final = struct.Struct("!BBHI")
+_NOT_ON_A_WIRE6: Final = (bytes(16), bytes(15) + b"\1")  # unspecified and loopback
+_DONT_FRAGMENT: Final = 0x4000
+_MORE: Final = 0x2000
 
 
 class IpHeader(NamedTuple):

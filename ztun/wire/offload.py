@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 from ztun.wire import checksum, ip, tcp, udp, vnet
 
 Buffer = bytes | bytearray | memoryview
 
-_LAST_ONLY = tcp.FIN | tcp.PSH  # of the flags of a super-segment
-_FIRST_ONLY = tcp.CWR
-_LENGTH = struct.Struct("!H")
-_SEQUENCE = struct.Struct("!I")
+_LAST_ONLY: Final = tcp.FIN | tcp.PSH  # of the flags of a super-segment
+_FIRST_ONLY: Final = tcp.CWR
+_LENGTH: Final = struct.Struct("!H")
+_SEQUENCE: Final = struct.Struct("!I")
 
 
 def finish(buffers: Sequence[Buffer]) -> Iterator[tuple[bytes, bytes | memoryview]]:

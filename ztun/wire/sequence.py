@@ -5,8 +5,10 @@ Inside a connection sequence numbers are plain integers that never wrap; only th
 
 from __future__ import annotations
 
-MASK = 0xFFFFFFFF
-_HALF = 0x80000000
+from typing import Final
+
+MASK: Final = 0xFFFFFFFF
+_HALF: Final = 0x80000000
 
 
 def unwrap(wire: int, near: int) -> int:

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-FIN, SYN, RST, PSH, ACK, URG, ECE, CWR = 1, 2, 4, 8, 16, 32, 64, 128
+FIN: Final = 1
+SYN: Final = 2
+RST: Final = 4
+PSH: Final = 8
+ACK: Final = 16
+URG: Final = 32
+ECE: Final = 64
+CWR: Final = 128
 
-_END, _NOP, _MSS, _WINDOW_SCALE, _SACK_PERMITTED, _SACK, _TIMESTAMPS = 0, 1, 2, 3, 4, 5, 8
-_PAIR = struct.Struct("!II")
+_END: Final = 0
+_NOP: Final = 1
+_MSS: Final = 2
+_WINDOW_SCALE: Final = 3
+_SACK_PERMITTED: Final = 4
+_SACK: Final = 5
+_TIMESTAMPS: Final = 8
+_PAIR: Final = struct.Struct("!II")
 
-MAX_WINDOW_SCALE = 14  # RFC 7323 section 2.3
+MAX_WINDOW_SCALE: Final = 14  # RFC 7323 section 2.3
 
 # Layout that nearly every segment with timestamps has: NOP NOP TS (RFC 7323 appendix A).
-TIMESTAMP_LEAD = 0x0101080A
-TIMESTAMPS = struct.Struct("!III")
+TIMESTAMP_LEAD: Final = 0x0101080A
+TIMESTAMPS: Final = struct.Struct("!III")
 
 
 # MSS, SACK permitted, timestamps, NOP, window scale: the SYN of Linux.
-_LINUX_SYN = struct.Struct("!HHIIIHBB")
+_LINUX_SYN: Final = struct.Struct("!HHIIIHBB")
 
 
 class Options(NamedTuple):
@@ -31,7 +44,7 @@ class Options(NamedTuple):
     sack: tuple[tuple[int, int], ...] = ()
 
 
-NO_OPTIONS = Options()
+NO_OPTIONS: Final = Options()
 
 
 def parse_options(data: memoryview) -> Options:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from typing import Final
 
 from ztun.wire import checksum, ip, vnet
 from ztun.wire.ip import MalformedError
 
-LENGTH = 8
-CHECKSUM_OFFSET = 6
-_HEADER = struct.Struct("!HHHH")
+LENGTH: Final = 8
+CHECKSUM_OFFSET: Final = 6
+_HEADER: Final = struct.Struct("!HHHH")
 
 
 def parse(packet: memoryview, start: int, end: int) -> tuple[int, int, int, int]:

@@ -6,22 +6,23 @@ All of its 16-bit fields are in host order. The kernel's hdr_len is not to be tr
 from __future__ import annotations
 
 import struct
+from typing import Final
 
-LENGTH = 10
-NEEDS_CSUM = 1  # the checksum field holds the pseudo-header sum only; whoever sends it on completes it
-DATA_VALID = 2  # the checksum was verified by the kernel or the card
-CHECKED = NEEDS_CSUM | DATA_VALID
+LENGTH: Final = 10
+NEEDS_CSUM: Final = 1  # the checksum field holds the pseudo-header sum only; whoever sends it on completes it
+DATA_VALID: Final = 2  # the checksum was verified by the kernel or the card
+CHECKED: Final = NEEDS_CSUM | DATA_VALID
 
-GSO_NONE = 0
-GSO_TCPV4 = 1
-GSO_UDP = 3
-GSO_TCPV6 = 4
-GSO_UDP_L4 = 5
-GSO_ECN = 0x80
+GSO_NONE: Final = 0
+GSO_TCPV4: Final = 1
+GSO_UDP: Final = 3
+GSO_TCPV6: Final = 4
+GSO_UDP_L4: Final = 5
+GSO_ECN: Final = 0x80
 
-_HEADER = struct.Struct("=BBHHHH")
+_HEADER: Final = struct.Struct("=BBHHHH")
 
-EMPTY = bytes(LENGTH)
+EMPTY: Final = bytes(LENGTH)
 
 
 def pack(

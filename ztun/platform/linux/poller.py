@@ -9,14 +9,15 @@ import asyncio
 import select
 import selectors
 import socket
+from typing import Final
 
 from ztun.platform.polling import PollerLoop, Turns, complain
 from ztun.platform.polling import poller_of as find_poller
 from ztun.ports import Poller, ReadyHandler
 
-_EDGE = select.EPOLLIN | select.EPOLLPRI | select.EPOLLRDHUP | select.EPOLLET
-_EDGE_BOTH = _EDGE | select.EPOLLOUT
-_MOST_EVENTS = 256  # of one system call; those that are left come with the next
+_EDGE: Final = select.EPOLLIN | select.EPOLLPRI | select.EPOLLRDHUP | select.EPOLLET
+_EDGE_BOTH: Final = _EDGE | select.EPOLLOUT
+_MOST_EVENTS: Final = 256  # of one system call; those that are left come with the next
 
 
 class EpollPoller(Turns):

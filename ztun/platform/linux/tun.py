@@ -11,26 +11,27 @@ import io
 import os
 import struct
 from collections.abc import Sequence
+from typing import Final
 
 from ztun.errors import ZtunError
 from ztun.ports import Buffer
 from ztun.wire import udp, vnet
 
-_CLONE_DEVICE = "/dev/net/tun"
-_TUNSETIFF = 0x400454CA
-_TUNSETOFFLOAD = 0x400454D0
-_TUNSETVNETHDRSZ = 0x400454D8
-_IFF_TUN = 0x0001
-_IFF_NO_PI = 0x1000
-_IFF_VNET_HDR = 0x4000
-_IFF_TUN_EXCL = 0x8000
-_TUN_F_CSUM = 0x01
-_TUN_F_TSO4 = 0x02
-_TUN_F_TSO6 = 0x04
-_TUN_F_USO4 = 0x20  # Linux 6.2
-_TUN_F_USO6 = 0x40
-_IFNAMSIZ = 16
-_VNET_HEADER_SIZE = 10  # struct virtio_net_hdr, without num_buffers
+_CLONE_DEVICE: Final = "/dev/net/tun"
+_TUNSETIFF: Final = 0x400454CA
+_TUNSETOFFLOAD: Final = 0x400454D0
+_TUNSETVNETHDRSZ: Final = 0x400454D8
+_IFF_TUN: Final = 0x0001
+_IFF_NO_PI: Final = 0x1000
+_IFF_VNET_HDR: Final = 0x4000
+_IFF_TUN_EXCL: Final = 0x8000
+_TUN_F_CSUM: Final = 0x01
+_TUN_F_TSO4: Final = 0x02
+_TUN_F_TSO6: Final = 0x04
+_TUN_F_USO4: Final = 0x20  # Linux 6.2
+_TUN_F_USO6: Final = 0x40
+_IFNAMSIZ: Final = 16
+_VNET_HEADER_SIZE: Final = 10  # struct virtio_net_hdr, without num_buffers
 
 _writev = os.writev
 
