@@ -25,6 +25,7 @@ MODULES = (
     "ztun/stack/*.py",
     "ztun/outbound/*.py",
     "ztun/gateway/*.py",
+    "ztun/names/pool.py",
     "ztun/platform/linux/poller.py",
     "ztun/platform/linux/sockets.py",
     "ztun/platform/linux/tun.py",

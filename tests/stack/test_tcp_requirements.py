@@ -208,7 +208,7 @@ def test_a_reset_carries_the_agreed_timestamp(client: Client) -> None:
 def test_each_flow_has_a_timestamp_offset_of_its_own() -> None:
     """So that the clock does not tell how long ztun is up, nor one client of another (RFC 7323 section 7)."""
     net = Net()
-    net.stack.isn = lambda flow, now: sum(at * byte for at, byte in enumerate(flow))
+    net.stack.isn = lambda flow, now: sum(at * byte for at, byte in enumerate(flow)) << 32
     stamps = []
     for port in (40000, 40001):
         client = Client(net, port=port)

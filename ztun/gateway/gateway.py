@@ -214,7 +214,7 @@ class Gateway:
         if route.fake:
             self._names.release(conn.destination)
         if flow.relay is not None:
-            self._ended[how.value] += 1
+            self._ended[how._value_] += 1
         elif how is Closed.REFUSED or how is Closed.UNREACHABLE:
             return  # dial_failed has told of it
         flow_log.finished(
@@ -228,7 +228,7 @@ class Gateway:
             conn.received,
             conn.sent,
             now - flow.started,
-            how.value,
+            how._value_,  # what `value` says behind two calls
         )
 
     def dial_failed(self, flow: Flow, error: OutboundError) -> None:

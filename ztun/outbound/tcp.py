@@ -18,7 +18,13 @@ ATTEMPT_DELAY: Final = (
 
 _MAX_KEEPALIVE: Final = 32767  # seconds: MAX_TCP_KEEPIDLE and MAX_TCP_KEEPINTVL, net/tcp.h
 _KEEP_INTERVALS: Final = ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL")  # the second is macOS's name of the first
-_ESTABLISHED: Final = (0, errno.EISCONN)
+_TCP: Final = socket.IPPROTO_TCP
+_NODELAY: Final = socket.TCP_NODELAY
+_SOCKET: Final = socket.SOL_SOCKET
+_OOBINLINE: Final = socket.SO_OOBINLINE
+_IN_PROGRESS: Final = errno.EINPROGRESS
+_ALREADY: Final = errno.EALREADY
+_CONNECTED: Final = errno.EISCONN
 
 
 def family_of(address: str) -> int:
@@ -69,29 +75,29 @@ def begin(factory: SocketFactory, address: str, port: int) -> tuple[socket.socke
     """
     sock = factory(family_of(address), socket.SOCK_STREAM)
     try:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # else urgent bytes are missing in the stream
+        sock.setsockopt(_TCP, _NODELAY, 1)
+        sock.setsockopt(_SOCKET, _OOBINLINE, 1)  # else urgent bytes are missing in the stream
         number = sock.connect_ex((address, port))
-        if number == errno.EINPROGRESS:
+        if number == _IN_PROGRESS:
             # On a path without delay the answer came within connect(2). If it was an ICMP error of a router on this
             # very machine, the kernel noted it and wakes nobody before the SYN is sent again, a second later.
             number = sock.connect_ex((address, port))
-            if number == errno.EALREADY:
-                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or number
+            if number == _ALREADY:
+                number = sock.getsockopt(_SOCKET, socket.SO_ERROR) or number
     except OSError:
         sock.close()
         raise
-    if number == errno.EALREADY and _leads_nowhere(factory, sock):
+    if number == _ALREADY and _leads_nowhere(factory, sock):
         number = errno.ENETDOWN
-    return sock, 0 if number in _ESTABLISHED else number
+    return sock, 0 if number == _CONNECTED else number
 
 
 def progress(sock: socket.socket, address: str, port: int) -> int:
     """0 once `sock` is connected, EALREADY while it is being connected, else the errno of its failure."""
     number = sock.connect_ex((address, port))
-    if number == errno.EINPROGRESS:
+    if number == _IN_PROGRESS:
         return errno.ENETDOWN  # it began anew: the network monitor had reset it
-    return 0 if number in _ESTABLISHED else number
+    return 0 if number == _CONNECTED else number
 
 
 class Race:
@@ -175,7 +181,7 @@ class Race:
         if address is None:
             return  # an event of a descriptor that had this number before
         number = progress(sock, address, self._port)
-        if number == errno.EALREADY:
+        if number == _ALREADY:
             return
         if number == 0:
             self._win(sock, mask)

@@ -44,11 +44,12 @@ class Unconnected:
         if waiting is not None and not waiting.may_reopen(seq, bits, options):
             self._answer_from_time_wait(key, waiting, seq, bits, end - payload, now)
         elif bits & (tcp.SYN | tcp.ACK | tcp.RST | tcp.FIN) == tcp.SYN:
-            iss = self._stack.isn(key, now)
+            numbers = self._stack.isn(key, now)
+            iss = numbers & MASK
             if waiting is not None:
                 self._time_wait.remove(key)
                 iss = waiting.number_after(iss)
-            self._open(key, iss, packet, seq, options, window, now)
+            self._open(key, iss, numbers >> 32, packet, seq, options, window, now)
         elif bits & tcp.RST:
             self._stack.drop("tcp-reset-closed")
         else:
@@ -68,7 +69,15 @@ class Unconnected:
         self._stack.outbox.append((self._time_wait.acknowledgment(key, self._stack.settings.hop_limit, now),))
 
     def _open(
-        self, key: bytes, iss: int, packet: memoryview, seq: int, options: tcp.Options, window: int, now: float
+        self,
+        key: bytes,
+        iss: int,
+        stamp_offset: int,
+        packet: memoryview,
+        seq: int,
+        options: tcp.Options,
+        window: int,
+        now: float,
     ) -> None:
         stack = self._stack
         source = key[: (len(key) - 4) // 2]
@@ -77,7 +86,8 @@ class Unconnected:
             stack.drop(objection)
             stack.outbox.append((reset_for(reverse(key), 0, (seq + 1) & MASK, stack.settings.hop_limit),))
             return
-        conn = Connection(stack, key, iss, bytes(packet[_IP : _IP + _QUOTE]), seq, options, window, now)
+        syn = bytes(packet[_IP : _IP + _QUOTE])
+        conn = Connection(stack, key, iss, stamp_offset, syn, seq, options, window, now)
         stack.connections[key] = conn
         stack.admission.opened(source)
         stack.opened += 1

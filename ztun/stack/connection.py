@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 class Connection(Arrivals):
     """key: source and destination address, source and destination port of the client's packets, as on the wire;
-    iss: our initial sequence number."""
+    iss: our initial sequence number; stamp_offset: what is added to the clock for TSval, in milliseconds."""
 
     __slots__ = (
         "armed",
@@ -48,9 +48,18 @@ class Connection(Arrivals):
     )  # fmt: skip
 
     def __init__(
-        self, stack: Stack, key: bytes, iss: int, syn: bytes, seq: int, options: tcp.Options, window: int, now: float
+        self,
+        stack: Stack,
+        key: bytes,
+        iss: int,
+        stamp_offset: int,
+        syn: bytes,
+        seq: int,
+        options: tcp.Options,
+        window: int,
+        now: float,
     ) -> None:
-        super().__init__(stack, key, iss, seq, options)
+        super().__init__(stack, key, iss, stamp_offset, seq, options)
         self.syn = syn  # the client's packet, to quote in an ICMP error
         self.state = DIALING
         self.handler: Handler | None = None

@@ -50,7 +50,7 @@ class Segments(FlowKey):
     tx: Sender
     rx: Receiver
 
-    def __init__(self, stack: Stack, key: bytes, iss: int, seq: int, options: tcp.Options) -> None:
+    def __init__(self, stack: Stack, key: bytes, iss: int, stamp_offset: int, seq: int, options: tcp.Options) -> None:
         super().__init__(key)
         self.stack = stack
         self.iss = iss
@@ -61,7 +61,7 @@ class Segments(FlowKey):
         self.scale = options.window_scale or 0
         self.client_mss = max(options.mss or (_DEFAULT_MSS6 if len(key) == 36 else _DEFAULT_MSS4), _MINIMUM_MSS)
         self._scaled = options.window_scale is not None
-        self.stamp_offset = stack.isn(key[::-1], 0.0)
+        self.stamp_offset = stamp_offset
         self.stamp_recent = options.timestamps[0] if options.timestamps else 0
         self.last_ack_sent = seq + 1
         self._challenge_at = -NEVER

@@ -44,7 +44,8 @@ Packet = tuple[bytes | memoryview, ...]
 class Stack:
     """outbox: packets to send, virtio_net_hdr first, each a tuple of pieces; whoever sends them clears it.
 
-    isn(key, now): an initial sequence number (RFC 6528). key: the flow's addresses and ports as bytes.
+    isn(key, now): 64 bits, the initial sequence number (RFC 6528) in the lower half, in the upper one how far the clock
+    of the flow's timestamps is off (RFC 7323 section 5.4). key: the flow's addresses and ports as bytes.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Final, NamedTuple
+from typing import Final
 
 from ztun.stack.header import FlowHeader, reverse
 from ztun.wire import tcp
@@ -12,13 +12,16 @@ from ztun.wire.sequence import MASK
 _BEYOND: Final = 0x10000 + 1  # further than any unscaled window of the old connection reached
 
 
-class Waiting(NamedTuple):
+class Waiting:
     """nxt: our next sequence number; expected: the client's; stamps: (offset of our TSval, the client's last TSval)."""
 
-    nxt: int
-    expected: int
-    stamps: tuple[int, int] | None
-    until: float
+    __slots__ = ("expected", "nxt", "stamps", "until")
+
+    def __init__(self, nxt: int, expected: int, stamps: tuple[int, int] | None, until: float) -> None:
+        self.nxt = nxt
+        self.expected = expected
+        self.stamps = stamps
+        self.until = until
 
     def may_reopen(self, seq: int, bits: int, options: tcp.Options) -> bool:
         """A SYN that is clearly newer than the old connection (RFC 9293 section 3.10.7.4, RFC 6191)."""
@@ -65,7 +68,7 @@ class TimeWaitTable:
 
     def restart(self, key: bytes, now: float) -> None:
         """Wait the whole time again: the client sent its FIN once more (RFC 9293 section 3.10.7.4)."""
-        self._entries[key] = self._entries[key]._replace(until=now + self._time)
+        self._entries[key].until = now + self._time
         self._entries.move_to_end(key)
 
     def acknowledgment(self, key: bytes, hop_limit: int, now: float) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import Final, NamedTuple
+from typing import Final
 
 FIN: Final = 1
 SYN: Final = 2
@@ -34,14 +34,33 @@ TIMESTAMPS: Final = struct.Struct("!III")
 _LINUX_SYN: Final = struct.Struct("!HHIIIHBB")
 
 
-class Options(NamedTuple):
+class Options:
     """mss in bytes; window_scale as a shift; timestamps as (TSval, TSecr); sack as (left, right) wire numbers."""
 
-    mss: int | None = None
-    window_scale: int | None = None
-    sack_permitted: bool = False
-    timestamps: tuple[int, int] | None = None
-    sack: tuple[tuple[int, int], ...] = ()
+    __slots__ = ("mss", "sack", "sack_permitted", "timestamps", "window_scale")
+
+    def __init__(
+        self,
+        mss: int | None = None,
+        window_scale: int | None = None,
+        sack_permitted: bool = False,
+        timestamps: tuple[int, int] | None = None,
+        sack: tuple[tuple[int, int], ...] = (),
+    ) -> None:
+        self.mss = mss
+        self.window_scale = window_scale
+        self.sack_permitted = sack_permitted
+        self.timestamps = timestamps
+        self.sack = sack
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Options) and self._all() == other._all()
+
+    def __hash__(self) -> int:
+        return hash(self._all())
+
+    def _all(self) -> tuple[object, ...]:
+        return self.mss, self.window_scale, self.sack_permitted, self.timestamps, self.sack
 
 
 NO_OPTIONS: Final = Options()

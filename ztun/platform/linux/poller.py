@@ -62,7 +62,7 @@ class EpollPoller(Turns):
 
     def wait(self, seconds: float) -> list[tuple[int, int]]:
         """Wait for events, at most so long (below 0: for ever), and deliver them. Returns those that nobody watches."""
-        more = self._take()
+        more = self._take() if self._again else None
         others = []
         get = self._handlers.get
         try:
@@ -79,7 +79,8 @@ class EpollPoller(Turns):
                     complain(error)
         except (InterruptedError, MemoryError):  # events that were not taken come again
             pass
-        self._give(more)
+        if more:
+            self._give(more)
         return others
 
     # For asyncio.
