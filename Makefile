@@ -6,15 +6,22 @@ BIN := $(VENV)/bin
 PACKAGES := python3 python3-bpfcc python3-venv linux-libc-dev iproute2 curl procps openssl util-linux \
 	'?dante-server' microsocks tinyproxy dnsmasq-base nginx-light bind9-dnsutils \
 	iperf3 wrk bpftool nftables tcpdump ethtool iputils-ping netcat-openbsd socat systemd strace
+COMPILER_PACKAGES := gcc libc6-dev python3-dev
 # For tests of scripts; machines of users have no need of them.
 TEST_PACKAGES := shellcheck ruby
 comma := ,
 SYSTEM_STAMP := $(VENV)/.system
 DEV_STAMP := $(VENV)/.dev
 BENCH_STAMP := $(VENV)/.bench
+# ztun as a wheel has it, packets' way compiled: what is tested and measured. An editable install stays interpreted.
+COMPILED := build/compiled
+COMPILED_STAMP := build/.compiled
+# Python takes the compiled ones, wherever it is started; tests and benchmarks are found behind them.
+WITH_COMPILED = PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED):$(CURDIR)
+SOURCES = $(shell find ztun bpf packaging/compiling.py pyproject.toml -name '*.py' -o -name '*.[ch]' -o -name '*.toml')
 FUZZ_STAMP := $(VENV)/.fuzz
 
-.PHONY: setup demo up lint test differential fuzz bench vm-smoke vm-test vm-clean clean guest-packages
+.PHONY: setup demo up lint test test-interpreted compiled differential fuzz bench vm-smoke vm-test vm-clean clean guest-packages
 
 setup: $(DEV_STAMP)
 
@@ -27,16 +34,23 @@ $(SYSTEM_STAMP): Makefile packaging/install-packages
 # and the only one in Debian 13, which has no Dante.
 $(DEV_STAMP): $(SYSTEM_STAMP) pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv --system-site-packages $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,sing-box]"
+	ZTUN_BUILD=pure $(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,sing-box]"
+	@touch $@
+
+$(COMPILED_STAMP): $(DEV_STAMP) $(SOURCES)
+	packaging/install-packages $(COMPILER_PACKAGES)
+	rm -rf build/wheel $(COMPILED)
+	ZTUN_BUILD=compiled $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(COMPILED) build/wheel/*.whl
 	@touch $@
 
 $(BENCH_STAMP): $(DEV_STAMP)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
+	ZTUN_BUILD=pure $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
 	@touch $@
 
 # atheris has wheels for some versions of Python only; without it the fuzzing is not guided.
 $(FUZZ_STAMP): $(DEV_STAMP)
-	$(BIN)/pip install --quiet --disable-pip-version-check --only-binary atheris --editable '.[dev,fuzz]' || \
+	ZTUN_BUILD=pure $(BIN)/pip install --quiet --disable-pip-version-check --only-binary atheris --editable '.[dev,fuzz]' || \
 		echo "atheris is not to be had for this Python: fuzzing goes on without coverage"
 	@touch $@
 
@@ -55,8 +69,14 @@ lint: setup
 	$(BIN)/lint-imports
 
 # make test ARGS="tests/stack -k sack"
-test: setup
+test: setup compiled
+	$(WITH_COMPILED) $(BIN)/pytest $(ARGS)
+
+# The same on the code as it is written: nothing is compiled first.
+test-interpreted: setup
 	$(BIN)/pytest $(ARGS)
+
+compiled: $(COMPILED_STAMP)
 
 # make differential SCRIPTS=100000: random segments to the stack and to the kernel (CI plays 10,000)
 SCRIPTS ?= 100000
@@ -69,13 +89,13 @@ fuzz: $(FUZZ_STAMP)
 	nice -n 10 $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS) $(ARGS)
 
 # make bench ARGS="--rounds 3 --seconds 2"
-bench: $(BENCH_STAMP)
-	$(BIN)/python -m bench $(ARGS)
+bench: $(BENCH_STAMP) compiled
+	$(WITH_COMPILED) $(BIN)/python -m bench $(ARGS)
 
 # Virtual machines (docs/vm-tests.md). What they need is installed here and not by `setup`; the images are made here too.
 VM_DIR := $(or $(ZTUN_VM_DIR),/var/tmp/ztun-vm)
 # The wheel is made out here, where it takes a second and pip has its index.
-VM_WHEEL = rm -rf $(VM_DIR)/wheel && $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(VM_DIR)/wheel .
+VM_WHEEL = rm -rf $(VM_DIR)/wheel && ZTUN_BUILD=pure $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(VM_DIR)/wheel .
 VM_PYTEST = $(BIN)/python vagrant/world.py $(BIN)/pytest -p no:cacheprovider --durations=10 tests/vm
 GATEWAYS ?= bookworm,trixie
 

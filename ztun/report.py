@@ -8,6 +8,7 @@ from typing import Any
 
 from ztun import __version__, privileges
 from ztun.assembly import Assembly
+from ztun.compiled import is_compiled
 from ztun.installed import describe_installed
 from ztun.log.system import log_system
 from ztun.ports import Outbound
@@ -47,6 +48,7 @@ class Report:
             "uptime_s": round(time.monotonic() - parts.started, 3),
             "pid": os.getpid(),
             "version": __version__,
+            "compiled": is_compiled(),
             **self._describe_backend(),
             **statistics,
             "log": log_system.statistics(),

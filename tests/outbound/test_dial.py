@@ -249,6 +249,28 @@ async def test_a_proxy_that_ends_before_it_has_said_everything(asked: Asked, slo
     sockets.check()
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="the option is Linux's")
+@pytest.mark.parametrize("speaks", [True, False])
+async def test_a_server_that_is_spoken_to_first_wakes_up_when_there_is_something_to_read(
+    sockets: Sockets, speaks: bool
+) -> None:
+    """The last ACK of the handshake waits for the greeting, 200 ms at most; that of a direct connection for nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        sock, number = tcp.begin(sockets, "127.0.0.1", server.getsockname()[1], speaks=speaks)
+        with sock:
+            assert number == 0
+            if not speaks:
+                server.accept()[0].close()
+                return
+            with pytest.raises(BlockingIOError):
+                server.accept()
+            sock.send(b"greeting")
+            peer, _ = server.accept()
+            with peer:
+                assert peer.recv(100) == b"greeting"
+
+
 async def test_whether_there_may_be_more_is_told(sockets: Sockets, asked: Asked) -> None:
     """The next bytes are news for the new owner, whom handing over costs nothing."""
     said = asyncio.Event()

@@ -25,6 +25,7 @@ Check = Callable[[Scene], Finding | Awaitable[Finding]]
 # In the order in which they are printed; docs/doctor.md has a row for each.
 CHECKS: dict[str, Check] = {
     "capabilities": rights.check_capabilities,
+    "compiled": kernel.check_compiled,
     "bcc": kernel.check_bcc,
     "headers": kernel.check_headers,
     "bpf": kernel.check_bpf,

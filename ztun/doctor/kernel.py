@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ztun.compiled import is_compiled
 from ztun.doctor.finding import Finding, Level, judge, ok, problem, warning
 from ztun.doctor.scene import Scene
 from ztun.platform import facts
@@ -13,6 +14,12 @@ def check_bcc(scene: Scene) -> Finding:
         return ok("bcc", "its Python module is there")
     level = _without_bpf(scene)
     return judge("bcc", level, found, "apt install python3-bpfcc, and a .venv with --system-site-packages")
+
+
+def check_compiled(scene: Scene) -> Finding:
+    if is_compiled():
+        return ok("compiled", "what packets pass through is machine code")
+    return ok("compiled", "packets are handled by interpreted code, at up to twice the cost (docs/compiling.md)")
 
 
 def check_headers(scene: Scene) -> Finding:

@@ -159,14 +159,16 @@ class Dial:
 
     def _connect(self, addresses: Sequence[str]) -> None:
         self.stage = Stage.CONNECTING
-        dialler = self._dialler
+        dialler, speaks = self._dialler, self.dialogue is not None
         if len(addresses) != 1:
-            self._race = tcp.Race(dialler.poller, dialler.factory, addresses, self.port, self._established, self.fail)
+            self._race = tcp.Race(
+                dialler.poller, dialler.factory, addresses, self.port, self._established, self.fail, speaks=speaks
+            )
             self._race.start()
             return
         self._address = addresses[0]
         try:
-            sock, number = tcp.begin(dialler.factory, self._address, self.port)
+            sock, number = tcp.begin(dialler.factory, self._address, self.port, speaks=speaks)
         except OSError as error:
             self.fail(error)
             return
