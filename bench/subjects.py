@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,18 +19,29 @@ from ztun.lab.servers import SOCKS_UDP
 TABLE = 100
 PROXIES = {SOCKS_UDP: plan.SOCKS_UDP_PORT, "microsocks": plan.SOCKS_PORT, "sink": sink.PORT}
 READY_DEADLINE = 15.0  # seconds
+_ROOT = Path(__file__).parents[1]
 
 Subject = Callable[[Lab, str], AbstractContextManager[int | None]]
 """(lab, proxy name) -> a context in which it carries traffic; gives the process to account CPU time to, if any."""
 
 
+def ztun(source: Path | None = None) -> Subject:
+    """source: where its code is, instead of where Python finds it first."""
+    env = {**os.environ, "PYTHONPATH": str(source)} if source is not None else None
+
+    def carry(lab: Lab, proxy: str) -> AbstractContextManager[int | None]:
+        return _carry(lab, proxy, env)
+
+    return carry
+
+
 @contextlib.contextmanager
-def ztun(lab: Lab, proxy: str) -> Iterator[int | None]:
+def _carry(lab: Lab, proxy: str, env: dict[str, str] | None) -> Iterator[int | None]:
     config = {
         "outbounds": [{"tag": "bench", "type": "socks5", "server": f"{plan.UPSTREAM4}:{PROXIES[proxy]}"}],
         "route": {"rules": [{"ip_cidr": [plan.SITE4, plan.SITE6], "outbound": "bench"}]},
     }
-    instance = lab.ztun(config)
+    instance = lab.ztun(config, env=env)
     try:
         _await_traffic(lab, instance.directory / "output")
         yield instance.pid
@@ -50,7 +62,7 @@ def peer(program: str) -> Subject:
             lab.gateway.ip(f"tuntap add {device} mode tun", f"link set {device} mtu {MTU}")
         url = f"socks5://{plan.UPSTREAM4}:{PROXIES[proxy]}"
         argv = [sys.executable, "-m", "bench.peer", program, device, url]
-        process = lab.spawn(lab.gateway, f"peer-{program}", *argv, cwd=Path(__file__).parents[1])
+        process = lab.spawn(lab.gateway, f"peer-{program}", *argv, cwd=_ROOT)
         try:
             _route(lab, device)
             _await_traffic(lab, lab.directory / f"peer-{program}.out")
@@ -99,6 +111,6 @@ PEERS: dict[str, Subject] = {
     "sing-tun system": peer("system"),
     "sing-tun mixed": peer("mixed"),
 }
-OURS: dict[str, Subject] = {"ztun": ztun}
+OURS: dict[str, Subject] = {"ztun": ztun(), "ztun interpreted": ztun(_ROOT)}
 BASE_LINES: dict[str, Subject] = {"plain forwarding": plain}
 SUBJECTS: dict[str, Subject] = {**OURS, **PEERS, **BASE_LINES}

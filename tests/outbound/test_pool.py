@@ -13,7 +13,7 @@ from ztun import platform
 from ztun.outbound import OutboundSpec, Tools, make_outbounds
 from ztun.outbound.base import ProxyOutbound
 from ztun.outbound.pool import WarmPool
-from ztun.outbound.together import Together
+from ztun.outbound.socks5 import Socks5Outbound
 from ztun.ports import Connected, Destination, Dialling, Failed, Failure, OutboundError
 
 from .netns import ROUTER4, Namespace
@@ -27,10 +27,11 @@ _SILENCE = """add table inet silence; add chain inet silence out { type filter h
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter, int], Awaitable[None]]
 
 
-@pytest.fixture(autouse=True)
-def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proxies here are not asked whether they take all at once: test_together.py does that."""
-    monkeypatch.setattr(Together, "ask", lambda self: None)
+def one_by_one(made: Outbound) -> Outbound:
+    """Its proxy is not asked whether it takes all at once: test_together.py does that."""
+    if isinstance(made, Socks5Outbound):
+        made._together.close()
+    return made
 
 
 @asynccontextmanager
@@ -67,7 +68,7 @@ async def grant(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, numb
 
 def warmed(sockets: Sockets, port: int, kind: str = "socks5", warm: int = 2, most: int = 4) -> ProxyOutbound:
     tools = Tools(platform.poller_of(asyncio.get_running_loop()), sockets, nobody, 5, 75, warm, most)
-    made = make_outbounds([OutboundSpec("it", kind, "127.0.0.1", port)], tools)["it"]
+    made = one_by_one(make_outbounds([OutboundSpec("it", kind, "127.0.0.1", port)], tools)["it"])
     assert isinstance(made, ProxyOutbound)
     return made
 
@@ -85,7 +86,7 @@ async def test_one_whose_proxy_fell_silent_is_found_by_probes_and_dropped(client
         listener.setblocking(False)
         poller = platform.poller_of(asyncio.get_running_loop())
         spec = OutboundSpec("it", "socks5", ROUTER4, listener.getsockname()[1])
-        way = make_outbounds([spec], Tools(poller, client, nobody, 5, 1, 1, 1))["it"]
+        way = one_by_one(make_outbounds([spec], Tools(poller, client, nobody, 5, 1, 1, 1))["it"])
         assert isinstance(way, ProxyOutbound)
         way.warm_up()
         loop = asyncio.get_running_loop()

@@ -53,6 +53,15 @@ class UnmappedError(Exception):
     """A packet went to a Fake-IP that stands for no name."""
 
 
+class Routing(Protocol):
+    """What relays ask of a `Router`."""
+
+    @property
+    def tags(self) -> Iterable[str]: ...
+
+    def route(self, protocol: str, source: bytes, address: bytes, port: int) -> Route: ...
+
+
 class Router:
     def __init__(
         self,

@@ -16,7 +16,7 @@ from ztun.gateway.engine import Engine
 from ztun.gateway.failures import UDP_ANSWER
 from ztun.gateway.flowlog import flow_log
 from ztun.gateway.limits import Limits
-from ztun.gateway.routing import NamePool, OwnFlow, Router, UnmappedError, text
+from ztun.gateway.routing import NamePool, OwnFlow, Routing, UnmappedError, text
 from ztun.gateway.udp_session import UdpFlow, UdpSession
 from ztun.ports import RULE_DEFAULT, Destination, Outbound, OutboundError
 from ztun.rules import DIRECT
@@ -33,7 +33,7 @@ class UdpRelay:
     def __init__(
         self,
         engine: Engine,
-        router: Router,
+        router: Routing,
         names: NamePool,
         idle: float,
         limits: Limits,

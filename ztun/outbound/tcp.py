@@ -20,7 +20,7 @@ _MAX_KEEPALIVE: Final = 32767  # seconds: MAX_TCP_KEEPIDLE and MAX_TCP_KEEPINTVL
 _KEEP_INTERVALS: Final = ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL")  # the second is macOS's name of the first
 _TCP: Final = socket.IPPROTO_TCP
 _NODELAY: Final = socket.TCP_NODELAY
-_QUICKACK: Final[int | None] = getattr(socket, "TCP_QUICKACK", None)  # Linux's; see tcp(7)
+_QUICKACK: Final[int] = getattr(socket, "TCP_QUICKACK", 0)  # Linux's, see tcp(7); 0 elsewhere
 _SOCKET: Final = socket.SOL_SOCKET
 _OOBINLINE: Final = socket.SO_OOBINLINE
 _IN_PROGRESS: Final = errno.EINPROGRESS
@@ -81,7 +81,7 @@ def begin(factory: SocketFactory, address: str, port: int, *, speaks: bool) -> t
     try:
         sock.setsockopt(_TCP, _NODELAY, 1)
         sock.setsockopt(_SOCKET, _OOBINLINE, 1)  # else urgent bytes are missing in the stream
-        if speaks and _QUICKACK is not None:
+        if speaks and _QUICKACK:
             sock.setsockopt(_TCP, _QUICKACK, 0)
         number = sock.connect_ex((address, port))
         if number == _IN_PROGRESS:
