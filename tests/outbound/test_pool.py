@@ -14,7 +14,7 @@ from ztun.outbound import OutboundSpec, Tools, make_outbounds
 from ztun.outbound.base import ProxyOutbound
 from ztun.outbound.pool import WarmPool
 from ztun.outbound.socks5 import Socks5Outbound
-from ztun.ports import Connected, Destination, Dialling, Failed, Failure, OutboundError
+from ztun.ports import Connected, Destination, Dialling, Failed, Failure, Outbound, OutboundError
 
 from .netns import ROUTER4, Namespace
 from .support import Sockets, nobody, until
