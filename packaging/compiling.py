@@ -1,7 +1,7 @@
 """Compiles what packets pass through, when a wheel is made: mypyc makes C of the same sources (docs/compiling.md).
 
 ZTUN_BUILD in the environment: `pure` leaves the wheel without; `compiled` raises where it cannot be done; `auto`, the
-default, compiles where there is a C compiler with the headers of this Python, and leaves it where there is none.
+default, compiles where there is a C compiler with the headers of this Python, and leaves it where that fails.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ _OPTIMISATION = "1"
 
 class Compiling(BuildHookInterface[Any]):
     PLUGIN_NAME = "custom"
+    _target: Path | None = None  # where it is compiled
 
     def dependencies(self) -> list[str]:
         """What pip installs for the build besides the build backend."""
@@ -51,17 +52,24 @@ class Compiling(BuildHookInterface[Any]):
         """Compile, and put the extensions beside their sources. An editable install stays as it is written."""
         if version == "editable" or not _wanted():
             return
-        target = Path(tempfile.mkdtemp(prefix="ztun-build-"))
+        self._target = Path(tempfile.mkdtemp(prefix="ztun-build-"))
+        try:
+            extensions = compile_all(Path(self.root), self._target)
+        except (Exception, SystemExit) as error:  # mypyc ends the process where it finds a mistake
+            shutil.rmtree(self._target, ignore_errors=True)
+            if os.environ.get("ZTUN_BUILD") == "compiled":
+                raise
+            self.app.display_warning(f"ztun is not compiled, and slower for it: {error!r}")
+            return
         build_data["pure_python"] = False
         build_data["infer_tag"] = True
-        for built in compile_all(Path(self.root), target):
-            build_data["force_include"][str(built)] = str(built.relative_to(target / "lib"))
+        for built in extensions:
+            build_data["force_include"][str(built)] = str(built.relative_to(self._target / "lib"))
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
-        for built in build_data["force_include"]:
-            if "ztun-build-" in built:
-                shutil.rmtree(next(at for at in Path(built).parents if at.name.startswith("ztun-build-")), True)
-                return
+        """The wheel holds them now."""
+        if self._target is not None:
+            shutil.rmtree(self._target, ignore_errors=True)
 
 
 def _wanted() -> bool:

@@ -12,9 +12,8 @@ from typing import Final
 from ztun.outbound.errors import most_telling, os_error
 from ztun.ports import Poller, SocketFactory
 
-ATTEMPT_DELAY: Final = (
-    0.25  # seconds between two attempts: the recommended Connection Attempt Delay (RFC 8305, section 5)
-)
+# Seconds between two attempts: the recommended Connection Attempt Delay (RFC 8305, section 5).
+ATTEMPT_DELAY: Final = 0.25
 
 _MAX_KEEPALIVE: Final = 32767  # seconds: MAX_TCP_KEEPIDLE and MAX_TCP_KEEPINTVL, net/tcp.h
 _KEEP_INTERVALS: Final = ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL")  # the second is macOS's name of the first

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 _DUPLICATE_THRESHOLD: Final = 3
 _TICK: Final = 0.001  # seconds; less cannot be told from a busy machine
-_CALM: Final = (
-    16  # recoveries without a sign of reordering after which patience is back to its least (RFC 8985, section 6.2)
-)
+# Recoveries without a sign of reordering after which patience is back to its least (RFC 8985, section 6.2).
+_CALM: Final = 16
 _Blocks = tuple[tuple[int, int], ...]
 
 
