@@ -18,18 +18,12 @@ class Device:
 
     def __init__(self, order: list[str]) -> None:
         self._order = order
-        self.waiting = 0  # what is there to read
-        self.reads = 0
 
     def fileno(self) -> int:
         raise AssertionError("nothing is read here")
 
     def recv_into(self, buffer: bytearray | memoryview) -> int:
-        self.reads += 1
-        if not self.waiting:
-            return 0
-        self.waiting -= 1
-        return 1  # which is no packet: it is dropped and counted
+        return 0
 
     def send(self, buffers: Sequence[Buffer]) -> bool:
         self._order.append("packet")
@@ -77,24 +71,3 @@ async def test_after_a_silence_the_heart_beats_before_the_first_packet() -> None
     stack.outbox.append((b"four",))
     engine.send()
     assert order[4:] == ["pulse", "packet"]
-
-
-async def test_a_device_that_brought_one_packet_is_not_asked_for_another_for_a_while() -> None:
-    loop = asyncio.get_running_loop()
-    device, pool = Device([]), BufferPool()
-    stack = Stack(Nobody(), StackSettings(), lambda key, now: 1, pool)
-    engine = Engine(loop, poller_of(loop), device, stack, pool)
-
-    def reads_when(waiting: int) -> int:
-        device.waiting, device.reads = waiting, 0
-        engine._readable(1)
-        return device.reads
-
-    assert reads_when(1) == 2  # it does not know yet, and finds nothing behind it
-    assert [reads_when(1) for _ in range(8)] == [1] * 8
-    assert reads_when(3) == 4  # then it looks again, and goes on as long as there is something
-    assert reads_when(2) == 3
-    assert reads_when(1) == 2
-    assert reads_when(3) == 1  # the others are found when the descriptor is readable still
-    assert device.waiting == 2
-    assert stack.drops == {"ip-truncated": engine.read}

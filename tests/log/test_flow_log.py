@@ -145,4 +145,5 @@ def test_below_the_level_it_is_one_look(log: Log) -> None:
         finish(flows)
     finally:
         sys.setprofile(None)
-    assert [name for name in calls if name not in ("finish", "<lambda>")] == ["finished"]
+    # Of compiled code not even that is seen.
+    assert [name for name in calls if name not in ("finish", "<lambda>")] in (["finished"], [])

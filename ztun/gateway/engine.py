@@ -19,9 +19,6 @@ log = structlog.get_logger("ztun.engine")
 
 # Packets read before others in the event loop get their turn: at most 4 MiB of payload, some milliseconds.
 _BATCH: Final = 64
-# To find the TUN empty costs nearly as much as a packet. Where one came alone, the next ones probably will: so many
-# times more, one is read and no other asked for. Others that came with it make the descriptor readable again.
-_ALONE: Final = 8
 # A read that fails for want of memory, or since the device is just being set down: tried again after so many seconds,
 # then after twice as many. Everything else means that the device is gone.
 _PASSING: Final = frozenset({errno.EIO, errno.ENOBUFS, errno.ENOMEM, errno.EINTR})
@@ -61,7 +58,6 @@ class Engine:
         self._pulse_at = 0.0
         self._trimmer: asyncio.TimerHandle | None = None
         self._pause = _PAUSE
-        self._alone = 0  # how many more times one packet is read, and it is not asked for another
         self._reader: asyncio.TimerHandle | None = None  # set while reading waits
 
     def start(self) -> None:
@@ -109,11 +105,7 @@ class Engine:
         now = time.monotonic()
         stack, buffer = self.stack, self._buffer
         recv_into = self._device.recv_into
-        most = _BATCH
-        if self._alone:
-            self._alone -= 1
-            most = 1
-        for count in range(most):
+        for _ in range(_BATCH):
             try:
                 length = recv_into(buffer)
             except OSError as error:
@@ -123,8 +115,6 @@ class Engine:
                     self._lose_device(error)
                 break
             if not length:
-                if count == 1:
-                    self._alone = _ALONE
                 break
             self.read += 1
             try:

@@ -68,7 +68,7 @@ def _leads_nowhere(factory: SocketFactory, sock: socket.socket) -> bool:
     return bool(dead) and sock.getsockname()[0] in dead
 
 
-def begin(factory: SocketFactory, address: str, port: int, *, speaks: bool) -> tuple[socket.socket, int]:
+def begin(factory: SocketFactory, address: str, port: int, *, speaks: bool = False) -> tuple[socket.socket, int]:
     """Begin to connect to a literal address. Returns the socket and what `progress` would say of it now.
 
     speaks: something will be said as soon as there is a connection. The last ACK of the handshake then waits for that

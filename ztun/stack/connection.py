@@ -62,7 +62,7 @@ class Connection(Arrivals):
         super().__init__(stack, key, iss, stamp_offset, seq, options)
         self.syn = syn  # the client's packet, to quote in an ICMP error
         self.state = DIALING
-        self.handler: Handler | None = None
+        self.handler = None
         own_scale = self._own_scale()
         self.tx = Sender(self, iss + 1, self._payload_size())
         self.tx.set_window(window, seq, 0)
@@ -77,7 +77,7 @@ class Connection(Arrivals):
         self.sent = 0
         self.armed = NEVER
         self.timer = 0
-        self._syn_at: float | None = None
+        self._syn_at = None
         self._idle_at = NEVER
         self._opened_at = now
         self._probes = 0
