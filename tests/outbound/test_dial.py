@@ -249,7 +249,6 @@ async def test_a_proxy_that_ends_before_it_has_said_everything(asked: Asked, slo
     sockets.check()
 
 
-@pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="the option is Linux's")
 @pytest.mark.parametrize("speaks", [True, False])
 async def test_a_server_that_is_spoken_to_first_wakes_up_when_there_is_something_to_read(
     sockets: Sockets, speaks: bool
