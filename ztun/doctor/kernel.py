@@ -19,7 +19,7 @@ def check_bcc(scene: Scene) -> Finding:
 def check_compiled(scene: Scene) -> Finding:
     if is_compiled():
         return ok("compiled", "what packets pass through is machine code")
-    return ok("compiled", "packets are handled by interpreted code, at one and a half times the cost (docs/compiling.md)")
+    return ok("compiled", "packets meet interpreted code, at one and a half times the cost (docs/compiling.md)")
 
 
 def check_headers(scene: Scene) -> Finding:
