@@ -32,7 +32,7 @@ MODULES = (
 )
 # Datagrams of outbounds: ctypes, where there is nothing to gain, and objects of which weak references are kept.
 _LEFT_OUT = frozenset(f"ztun/outbound/{name}.py" for name in ("associate", "batch", "datagrams", "senders", "udp"))
-_REQUIREMENTS = ["mypy>=1.15", "setuptools>=68"]
+_REQUIREMENTS = ["mypy>=2.4,<3", "setuptools>=68"]
 # Nothing that is not here is looked at: the libraries that ztun uses are not installed where wheels are built.
 _MYPY = ["--config-file=", "--ignore-missing-imports", "--follow-imports=silent", "--no-incremental"]
 # -O2 takes twice as long and is no faster. mypyc asks for -Werror, which other compilers than its own do not deserve.
