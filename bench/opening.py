@@ -16,7 +16,6 @@ import statistics
 import struct
 import sys
 import time
-from collections.abc import Iterator
 from ipaddress import IPv4Network
 
 from bench.path import LINUX_SYN, RESPONSE, segment, stamps
@@ -119,16 +118,12 @@ class Bench:
             sock.close()
 
 
-def connections(bench: Bench, count: int) -> Iterator[float]:
-    return (bench.connection() for _ in range(count))
-
-
 async def measure(count: int) -> int:
     bench = Bench(asyncio.get_running_loop())
     gc.collect()
     gc.freeze()
     gc.set_threshold(*COLLECT)  # as in the program
-    found = list(connections(bench, count))
+    found = [bench.connection() for _ in range(count)]
     print(f"a connection: {min(found):.1f} us at least, {statistics.median(found):.1f} us in the median")
     drops = bench.gateway.statistics()["drops"]
     await bench.close()

@@ -111,12 +111,12 @@ def compile_all(root: Path, target: Path) -> list[Path]:
         build = build_ext(Distribution({"name": "ztun", "ext_modules": extensions}))
         build.build_lib, build.build_temp = str(target / "lib"), str(target / "o")
         build.ensure_finalized()
-        _compile_at_once(build)
+        _compile_at_once()
         build.run()
     return sorted((target / "lib").rglob("*.so"))
 
 
-def _compile_at_once(build: Any) -> None:
+def _compile_at_once() -> None:
     """Have as many C files compiled at a time as there are processors: nearly all of them belong to one extension."""
     from setuptools._distutils.ccompiler import CCompiler
 
