@@ -8,9 +8,12 @@
  *   leave    tc egress of the interfaces by which this host sends (capture.host): as capture, for its own packets
  *   arrive   tc ingress of these: notes whose datagrams the host is going to answer
  *   xdp      XDP of each LAN interface: drop, for what is blocked and plain; all else is left to capture
+ *   carry_up    behind capture: a client's segments of connections that need ztun no more, straight to the proxy
+ *   carry_down  tc ingress of the interfaces of proxies: theirs, straight to the client
  *
  * Maps and entry points are here because bcc rewrites its map syntax in the main file only.
  */
+#include "carry.h"
 #include "flow.h"
 #include "frame.h"
 #include "parse.h"
@@ -47,6 +50,11 @@ BPF_TABLE("lru_hash", struct flow, s32, flows, MAX_FLOWS);
 BPF_TABLE("lru_hash", struct flow, u64, arrivals, MAX_ARRIVALS);
 BPF_TABLE("lru_hash", struct piece, s32, pieces, MAX_PIECES);
 BPF_TABLE("lru_hash", struct address6, struct client, homes, MAX_HOMES);
+/* Connections that need ztun no more. carried: those of clients and of proxies -> place among the splices, twice. */
+BPF_F_TABLE("hash", struct flow, u32, carried, MAX_CARRIED, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("array", u32, struct splice, splices, MAX_SPLICES, BPF_F_MMAPABLE);
+BPF_QUEUE(ended, u32, MAX_CARRIED);
+BPF_PROG_ARRAY(jumps, 1);
 BPF_PERCPU_ARRAY(counters, struct counter, COUNTERS);
 BPF_PERCPU_ARRAY(rules, struct counter, MAX_RULES + RULE_OFFSET);
 
@@ -401,8 +409,11 @@ static __always_inline int classify(struct __sk_buff *skb, __u32 link_header)
 	dead = judge_without_gateway(setting->flags, verdict, packet.length);
 	if (dead)
 		return dead;
-	if (verdict == VERDICT_TUNNEL)
+	if (verdict == VERDICT_TUNNEL) {
+		if (link_header && packet.protocol == IPPROTO_TCP && setting->flags & SETTING_OFFLOAD)
+			jumps.call(skb, 0); /* carry_up; comes back only where there is none */
 		return tunnel(skb, &packet, setting->tun_ifindex, link_header);
+	}
 	return drop(result < 0 ? REASON(result) : DROP_RULE, packet.length);
 }
 
@@ -470,6 +481,70 @@ int reply(struct __sk_buff *skb)
 		return drop(DROP_NO_ROOM, length);
 	count(COUNTER_PASS + PASS_REPLIES, length);
 	return redirect_neigh(target, NULL, 0, 0);
+}
+
+/*
+ * Carry a segment on where its connection is carried. 0: it is none of these, or has to be looked at; else what becomes
+ * of it. Who begins a connection anew is nobody's old acquaintance: a SYN is never carried.
+ */
+static __always_inline int carry_on(struct __sk_buff *skb, struct packet *packet, bool up)
+{
+	struct flow flow = {.local = packet->source, .remote = packet->destination};
+	__u32 header, place, *known, target;
+	struct splice *splice;
+	struct segment segment;
+	int result;
+
+	if (packet->is_fragment || packet->offset + TCP_HEADER > packet->length || skb->vlan_present ||
+	    load(skb, packet->offset, &segment, sizeof(segment)) || segment.flags & TCP_SYN)
+		return 0;
+	flow.local_port = segment.source;
+	flow.remote_port = segment.destination;
+	known = carried.lookup(&flow);
+	if (!known || (*known & 1) == up)
+		return 0;
+	place = *known >> 1;
+	splice = splices.lookup(&place);
+	header = (segment.words >> 4) * 4;
+	if (!splice || header < TCP_HEADER || packet->offset + header > packet->length || hops_left(skb, packet) < 2)
+		return 0;
+	if (up && splice->lan != skb->ifindex)
+		splice->lan = skb->ifindex;
+	target = up ? splice->uplink : splice->lan;
+	result = carry(skb, packet, splice, up, &segment, header);
+	if (result)
+		return result > 0 ? 0 : drop(DROP_NO_ROOM, packet->length);
+	if (note_segment(splice, up, &segment, packet->length - packet->offset - header))
+		ended.push(&place, 0);
+	count(COUNTER_PASS + (up ? PASS_UP : PASS_DOWN), packet->length);
+	return redirect_neigh(target, NULL, 0, 0);
+}
+
+int carry_up(struct __sk_buff *skb)
+{
+	struct packet packet = {.length = network_length(skb, ETH_HLEN)};
+	__u32 index = 0;
+	struct settings *setting = settings.lookup(&index);
+	int result;
+
+	if (!setting || parse(skb, ETH_HLEN, &packet) < 0)
+		return SHOT; /* never: `capture` has seen both */
+	result = carry_on(skb, &packet, true);
+	return result ? result : tunnel(skb, &packet, setting->tun_ifindex, ETH_HLEN);
+}
+
+int carry_down(struct __sk_buff *skb)
+{
+	struct packet packet = {.length = network_length(skb, ETH_HLEN)};
+	int result;
+
+	if (skb->pkt_type != 0 /* PACKET_HOST */ ||
+	    (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6)))
+		return GO_ON;
+	if (parse(skb, ETH_HLEN, &packet) < 0 || packet.protocol != IPPROTO_TCP)
+		return GO_ON;
+	result = carry_on(skb, &packet, false);
+	return result ? result : GO_ON;
 }
 
 /* Nearly every packet ends here, after one look into a small trie. Names that are blocked are no prefixes: tc has them. */

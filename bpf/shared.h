@@ -41,6 +41,8 @@ enum pass_reason {
 	PASS_UNCARRIED,  /* of this host, neither TCP nor UDP nor an echo request: ztun could not carry it */
 	PASS_BACK,       /* from the TUN to a program of this host, by the interface that its packets left by */
 	PASS_ANSWERS,    /* of the LAN, in a connection that came from outside: a published port, a pinhole */
+	PASS_UP,         /* from a client to its proxy, without ztun: capture.offload */
+	PASS_DOWN,       /* and back */
 	PASS_REASONS,
 };
 
@@ -84,6 +86,8 @@ enum host_verdict {
 #define MAX_ARRIVALS 16384
 #define MAX_PIECES 1024
 #define MAX_HOMES 1024
+#define MAX_SPLICES 32768
+#define MAX_CARRIED (2 * MAX_SPLICES)
 #define RECENT_BITS 9
 #define MAX_RECENT (1 << RECENT_BITS)
 
@@ -93,6 +97,7 @@ enum host_verdict {
 #define SETTING_HIJACK_DNS 1
 #define SETTING_FAIL_CLOSED 2
 #define SETTING_CAPTURE_HOST 4
+#define SETTING_OFFLOAD 8
 
 /* Of an interface by which this host sends: the IP versions whose prefixes count there. Port 53 does in any case. */
 #define EXIT_IPV4 1
@@ -176,4 +181,45 @@ struct flow {
 struct piece {
 	struct address6 remote;
 	__u32 id;
+};
+
+/* One direction of a connection that the kernel carries. Numbers as the sender of the segments has them, in host order. */
+struct way {
+	__u64 packets;
+	__u64 bytes; /* of payload */
+	__u64 last;  /* CLOCK_MONOTONIC in nanoseconds */
+	__u32 ack;   /* the newest; for `down` in the client's numbers */
+	__u32 fin;   /* what acknowledges the FIN */
+};
+
+/*
+ * A connection of a client, and one to a proxy, that are made into one: what comes in of either goes on in the other,
+ * its numbers moved by a constant. Python writes all above `ends` before it enters the connection in `carried`.
+ */
+struct splice {
+	struct address6 client;
+	struct address6 destination; /* what the client takes the other end for */
+	struct address6 local;
+	struct address6 proxy;
+	__be16 client_port;
+	__be16 destination_port;
+	__be16 local_port;
+	__be16 proxy_port;
+	__u32 offset;      /* from the client's sequence numbers to those that the proxy knows; the proxy's stay */
+	__u32 stamps;      /* the same for the client's timestamps (RFC 7323, 3) */
+	__u32 base;        /* the timestamp of the SYN-ACK, from which the proxy's go on */
+	__u32 uplink;      /* the interface of the proxy */
+	__u8 shift_client; /* window scale of the client, then what the proxy was told; of the proxy, what the client was */
+	__u8 shift_local;
+	__u8 shift_proxy;
+	__u8 shift_told;
+	__u8 ends[2];      /* 1: that end has closed; the client's first. Octets, since two CPUs may write at once */
+	__u8 resets[2];
+	__u8 closed;       /* both ends have, and each knows that the other knows */
+	__u8 echoes;       /* `back` is known */
+	__u16 unused;
+	__u32 lan;         /* the interface of the client */
+	__u32 back;        /* from the proxy's timestamps to the client's */
+	struct way up;
+	struct way down;
 };

@@ -31,7 +31,7 @@ from ztun.log.system import log_system
 from ztun.loops import LoopWatch
 from ztun.network import NetworkKeeper, Parts
 from ztun.placement import Listening
-from ztun.ports import NetworkMonitor, PacketDevice, Verdict
+from ztun.ports import NetworkMonitor, Offload, PacketDevice, Verdict
 from ztun.report import Report
 from ztun.resolvers import SystemServers
 from ztun.revival import DeviceRevival
@@ -102,6 +102,7 @@ class Instance:
         self._system_servers = SystemServers(self.parts)
         self._next_beat = 0.0
         self._carries_direct = False  # what the classifier finds direct does not pass us by
+        self._offload: Offload | None = None
 
     async def start(self) -> bool:
         """Make and join everything, capturing last. Raises ConfigError or ZtunError. Returns True."""
@@ -187,6 +188,7 @@ class Instance:
         classifier = await making.make_classifier(self.settings, device.name, MARK, addresses)
         self.parts.classifier = classifier
         self._carries_direct = getattr(classifier, "carries_direct", False)
+        self._offload = getattr(classifier, "offload", None)
         self._undo.push("the classifier", self._close_classifier)
         if classifier.fallback_reason is not None:
             self.parts.notes.append(f"{classifier.backend} instead of the first choice: {classifier.fallback_reason}")
@@ -222,6 +224,7 @@ class Instance:
             options=making.gateway_options(self.settings),
             origins=parts.origin,
             is_own=self._loops.is_own,
+            offload=self._offload,
         )
         gateway.engine.device_lost = DeviceRevival(parts, self._give_up).device_lost
         self._undo.push("the flows", gateway.stop)
@@ -295,6 +298,7 @@ class Instance:
             servers=self._server_addresses,
             moved=self._moved,
             changed=self._way_changed,
+            offload=self._offload,
         )
         self.parts.keeper = keeper = NetworkKeeper(monitor, parts)
         await keeper.begin()

@@ -105,6 +105,7 @@ async def make_classifier(
         xdp=capture.xdp,
         host=capture.host,
         tun_addresses=[at.ip.packed for at in (settings.tun.address, settings.tun.address6) if at is not None],
+        offload=capture.offload,
     )
 
 

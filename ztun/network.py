@@ -9,7 +9,7 @@ import structlog
 
 from ztun.errors import ZtunError
 from ztun.gateway.routing import text
-from ztun.ports import Classifier, NetworkEvent, NetworkMonitor, NetworkState, Path, Routes
+from ztun.ports import Classifier, NetworkEvent, NetworkMonitor, NetworkState, Offload, Path, Routes
 
 log = structlog.get_logger("ztun.network")
 
@@ -51,6 +51,7 @@ class Parts(NamedTuple):
     servers: Callable[[], Mapping[str, Sequence[str]]]
     moved: Callable[[Sequence[Address]], Awaitable[None]]
     changed: Callable[[bool], None]
+    offload: Offload | None = None
 
 
 class NetworkKeeper:
@@ -163,6 +164,8 @@ class NetworkKeeper:
             path != now.paths.get(to) for to, path in before.paths.items() if to in now.paths
         )
         self._ways.update(found)
+        if self._parts.offload is not None:
+            self._parts.offload.follow({to: path.ifname for to, path in found.items()})
         is_usable = self._is_usable(now)
         if not is_usable and not self._paused:
             self._pause(now)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 if TYPE_CHECKING:
     from socket import socket
 
+    from ztun.wire.handshake import Offer, Terms
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -430,6 +432,57 @@ class Poller(Protocol):
 
     def again(self, handler: ReadyHandler) -> None:
         """Call `handler` with 0 in the next turn: it has more to do, and let the others have theirs."""
+        ...
+
+
+class Progress(NamedTuple):
+    """How far a connection came that the kernel carries. up, down: bytes of payload, what was sent again among them;
+    heard: the client has sent something; over: nothing more will come; reset: one end reset it, "client" or "proxy", ""
+    for none; packets: in all; last: when one came last, seconds of CLOCK_MONOTONIC, 0 for never; nxt, rcv_nxt: the
+    sequence numbers that the client expects next and will send next, by what was acknowledged, 0: not known.
+    """
+
+    up: int
+    down: int
+    heard: bool
+    over: bool
+    reset: str
+    packets: int
+    last: float
+    nxt: int
+    rcv_nxt: int
+
+
+class Offload(Protocol):
+    """Has the kernel carry connections whose bytes need nobody to look at them: client and proxy talk to each other."""
+
+    def take(self, sock: socket, offer: Offer, stamp: int) -> tuple[int, Terms] | None:
+        """Make one connection of a client's and of `sock`, which the outbound has just connected.
+
+        offer: of the client's SYN; stamp: the timestamp of the SYN-ACK. Returns (place, terms): the client is to be
+        answered on these terms, and `sock` to be kept until `release`. None when the two do not fit together, or
+        the destination has spoken already; `sock` is as before then.
+        """
+        ...
+
+    def ended(self) -> list[int]:
+        """Places of connections of which there is news: both ends closed, or one reset. Each may come twice."""
+        ...
+
+    def read(self, place: int) -> Progress:
+        """How far the connection at `place` came."""
+        ...
+
+    def release(self, places: Sequence[int]) -> None:
+        """Carry these no more; the places are free."""
+        ...
+
+    def reset(self, place: int) -> None:
+        """Tell the proxy that the connection is no more."""
+        ...
+
+    def follow(self, ways: Mapping[str, str]) -> None:
+        """Tell by which interface each address of a proxy, a literal, is reached now."""
         ...
 
 

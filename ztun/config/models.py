@@ -68,7 +68,8 @@ class TunSettings(Section):
 class CaptureSettings(Section):
     """Whose packets are looked at: those that come in on the `lan` interfaces, and with `host` our own.
 
-    xdp: drop what is blocked before the kernel made a packet of it, where that can be had.
+    xdp: drop what is blocked before the kernel made a packet of it, where that can be had; offload: have the kernel
+    carry connections without us, where it can.
     """
 
     lan: tuple[InterfaceName, ...] = ()
@@ -76,6 +77,7 @@ class CaptureSettings(Section):
     backend: Literal["auto", "bpf", "tcx", "clsact", "routes"] = "auto"
     fail: Literal["open", "closed"] = "open"
     xdp: Annotated[bool | str, PlainValidator(values.parse_xdp), patterns.XDP] = True
+    offload: Flag = False
 
 
 class FakeIpSettings(Section):

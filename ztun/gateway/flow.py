@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ztun.gateway.failures import TCP_ANSWER
+from ztun.gateway.offload import KernelRelay
 from ztun.gateway.routing import Route, endpoint, text
 from ztun.gateway.tcp_relay import TcpRelay
 from ztun.ports import Dialling, OutboundError
@@ -13,6 +14,8 @@ from ztun.stack import Closed, Connection, State
 
 if TYPE_CHECKING:
     from ztun.gateway.gateway import Gateway
+
+_MAY_FINISH: Final = (State.ESTABLISHED, State.CLOSE_WAIT, State.OFFLOADED)
 
 
 class Flow:
@@ -25,7 +28,7 @@ class Flow:
         self.conn = conn
         self.route = route
         self.dialling: Dialling | None = None
-        self.relay: TcpRelay | None = None
+        self.relay: TcpRelay | KernelRelay | None = None
         self.started = now
 
     def established(self, now: float) -> None:
@@ -53,8 +56,13 @@ class Flow:
             gateway.engine.poller.closing(sock.fileno())
             sock.close()
             return
-        relay = self.relay = TcpRelay(gateway.engine, self.conn, sock, more, self.relay_closed)
-        self.conn.accept(relay, gateway.engine.now())
+        carrier = gateway.carrier
+        if carrier is not None and not more:
+            self.relay = carrier.take(self.conn, sock, self.relay_closed)
+        if self.relay is None:
+            relay = TcpRelay(gateway.engine, self.conn, sock, more, self.relay_closed)
+            self.relay = relay
+            self.conn.accept(relay, gateway.engine.now())
         gateway.engine.send()
 
     def failed(self, error: OutboundError) -> None:
@@ -64,19 +72,21 @@ class Flow:
         self.conn.refuse(gateway.engine.now(), TCP_ANSWER[error.failure])
         gateway.engine.send()
 
-    def relay_closed(self, relay: TcpRelay) -> None:
+    def relay_closed(self, relay: TcpRelay | KernelRelay) -> None:
         self._gateway.ended(self, relay.how, self._gateway.engine.now())
 
     def drain(self, now: float, before: float) -> None:
         """The gateway stops: refuse what is not answered yet, end what was idle since `before`."""
         if self.relay is None:
             self.conn.refuse(now)
-        elif self.conn.state in (State.ESTABLISHED, State.CLOSE_WAIT) and self.relay.is_idle(before):
+        elif self.conn.state in _MAY_FINISH and self.relay.is_idle(before):
             self.relay.finish(now)
 
     def describe(self, now: float) -> dict[str, Any]:
         """A row of `ztun status --flows`."""
         conn, route = self.conn, self.route
+        if isinstance(self.relay, KernelRelay):
+            self.relay.refresh()
         host, port = route.destination
         return {
             "protocol": "tcp",

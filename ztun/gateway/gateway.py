@@ -17,9 +17,10 @@ from ztun.gateway.flow import Flow
 from ztun.gateway.flowlog import flow_log
 from ztun.gateway.isn import make_isn
 from ztun.gateway.limits import Limits
+from ztun.gateway.offload import Carrier
 from ztun.gateway.routing import Decider, NamePool, Origins, OwnFlow, Router, UnmappedError
 from ztun.gateway.udp_relay import UdpRelay
-from ztun.ports import Failure, Outbound, OutboundError, PacketDevice, Poller
+from ztun.ports import Failure, Offload, Outbound, OutboundError, PacketDevice, Poller
 from ztun.rules import DIRECT
 from ztun.stack import BufferPool, Closed, Connection, Datagram, DatagramHeader, Stack, StackSettings, reverse
 from ztun.stack.sources import SourceCounts, source_of
@@ -72,6 +73,7 @@ class Gateway:
         options: GatewayOptions,
         origins: Origins | None = None,
         is_own: OwnFlow | None = None,
+        offload: Offload | None = None,
     ) -> None:
         settings = options.limits.applied(StackSettings(mtu=options.mtu, tcp_idle=options.tcp_idle))
         self._loop = loop
@@ -80,6 +82,7 @@ class Gateway:
         self._buffers = BufferPool(keep=options.buffers)
         self._stack = Stack(self, settings, make_isn(), self._buffers)
         self.engine = Engine(loop, poller, device, self._stack, self._buffers)
+        self.carrier = Carrier(self.engine, offload, options.tcp_idle) if offload is not None else None
         self._router = Router(rules, names, outbounds, options.hijack_dns, origins)
         self._origins = origins
         self._is_own = is_own
@@ -122,6 +125,8 @@ class Gateway:
         await asyncio.gather(*self._dns_tasks, return_exceptions=True)
         if self._look_at_young is not None:
             self._look_at_young.cancel()
+        if self.carrier is not None:
+            self.carrier.stop()
         now = self.engine.now()
         for conn in list(self._stack.connections.values()):
             conn.abort(now)
@@ -321,6 +326,8 @@ class Gateway:
                 "active": len(stack.connections),
                 "half_open": stack.half_open,
                 "total": stack.opened,
+                "offloaded": len(self.carrier) if self.carrier is not None else 0,
+                "offloaded_total": self.carrier.total if self.carrier is not None else 0,
                 "packets": stack.received["tcp"],
                 "families": _families(stack, "tcp"),
                 "keepalive": {**stack.keepalive, "upstreams": self._kept_alive},

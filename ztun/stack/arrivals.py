@@ -16,6 +16,7 @@ from ztun.stack.state import (
     FIN_WAIT_1,
     FIN_WAIT_2,
     LAST_ACK,
+    OFFLOADED,
     SYN_RECEIVED,
     Closed,
     State,
@@ -72,6 +73,9 @@ class Arrivals(Segments):
         raise NotImplementedError
 
     def _enter_time_wait(self, now: float) -> None:
+        raise NotImplementedError
+
+    def repeat_answer(self) -> None:
         raise NotImplementedError
 
     def _finish(self, how: Closed, now: float) -> None:
@@ -166,6 +170,11 @@ class Arrivals(Segments):
         if self.state is DIALING or self.state is CLOSED:
             self._receive_while_dialing(seq, bits, options, now)
             return False
+        if self.state is OFFLOADED:
+            self._receive_while_offloaded(seq, bits, now)
+            if self.is_closed:
+                self.stack.receive_anew(self.key, seq, ack, bits, window, packet, start, end, now)
+            return False
         if not bits & (ACK | RST | SYN):
             self.stack.drop("tcp-flags")
             return False
@@ -213,6 +222,19 @@ class Arrivals(Segments):
         elif bits & SYN and seq == (self.rx.nxt - 1) & MASK and self.timestamps and options.timestamps:
             # The client takes its first round-trip time from the SYN that is echoed: the dial is no part of it.
             self.stamp_recent = options.timestamps[0]
+
+    def _receive_while_offloaded(self, seq: int, bits: int, now: float) -> None:
+        """A SYN that comes again has lost its answer; another one begins anew what may be over, unknown to us. All else
+        was for somebody who could not carry it."""
+        if bits & (SYN | ACK | RST) == SYN and seq == (self.rx.nxt - 1) & MASK:
+            self.repeat_answer()
+        elif bits & SYN:
+            if self.stack.settle is not None:
+                self.stack.settle()
+            if not self.is_closed:
+                self._challenge(now)
+        else:
+            self.stack.drop("tcp-offloaded")
 
     def _stamps_pass(self, options: tcp.Options, bits: int, length: int, now: float) -> bool:
         """PAWS (RFC 7323 section 5.3). A segment that lacks the agreed option is dropped, a RST aside."""

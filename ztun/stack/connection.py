@@ -22,11 +22,13 @@ from ztun.stack.state import (
     FIN_WAIT_1,
     FIN_WAIT_2,
     LAST_ACK,
+    OFFLOADED,
     SYN_RECEIVED,
     Closed,
 )
 from ztun.stack.timers import NEVER
 from ztun.wire import tcp
+from ztun.wire.handshake import Offer, Terms
 from ztun.wire.icmp import Reason
 from ztun.wire.sequence import MASK, unwrap
 from ztun.wire.tcp import ACK, SYN
@@ -60,7 +62,7 @@ class Connection(Arrivals):
         now: float,
     ) -> None:
         super().__init__(stack, key, iss, stamp_offset, seq, options)
-        self.syn = syn  # the client's packet, to quote in an ICMP error
+        self.syn = syn  # the client's packet, to quote in an ICMP error; of an offloaded connection, our answer
         self.state = DIALING
         self.handler = None
         own_scale = self._own_scale()
@@ -133,6 +135,59 @@ class Connection(Arrivals):
         self.syn = b""
         self.state = SYN_RECEIVED
         self._send_syn_ack(now)
+
+    def offer(self) -> Offer:
+        """What the client's SYN said, for somebody who may take the connection over."""
+        return Offer(
+            self.key,
+            self.rx.nxt & MASK,
+            self.client_mss,
+            self.scale if self._scaled else None,
+            self.sack_permitted,
+            self.stamp_recent if self.timestamps else None,
+        )
+
+    def hand_over(self, handler: Handler, terms: Terms, now: float) -> None:
+        """Answer the SYN on the terms of somebody else, who carries all segments from now on.
+
+        What still comes here are SYNs, which are answered again, and what nobody could carry. `conclude` or `abort` is
+        its end; until then it counts as established. Without effect when the client gave up (`is_closed`).
+        """
+        if self.state is not DIALING:
+            return
+        self.handler = handler
+        self.state = OFFLOADED
+        self.timestamps = terms.stamps
+        self.iss = terms.number - 1
+        self.tx.nxt = terms.number
+        options = tcp.pack_options(
+            tcp.Options(
+                mss=min(terms.mss, self._own_mss()),
+                window_scale=terms.scale,
+                sack_permitted=terms.sack,
+                timestamps=(self.stamp(now), self.stamp_recent) if terms.stamps else None,
+            )
+        )
+        self.syn = self.header.pack(self.iss, self.rx.nxt, SYN | ACK, min(terms.window, 0xFFFF), options, 0)
+        self.stack.outbox.append((self.syn,))
+        self.stack.established(self)
+
+    def repeat_answer(self) -> None:
+        """The client has not been heard since `hand_over`: it may not have got our SYN-ACK."""
+        if self.state is OFFLOADED:
+            self.stack.outbox.append((self.syn,))
+
+    def catch_up(self, sent: int, received: int, nxt: int, rcv_nxt: int, last_data: float) -> None:
+        """Tell what was carried so far. sent, received: bytes of payload; nxt, rcv_nxt: the numbers that the client
+        expects next and will send next, so far as is known."""
+        if self.state is OFFLOADED:
+            self.sent, self.received, self.last_data = sent, received, last_data
+            self.tx.nxt, self.rx.nxt = nxt, rcv_nxt
+
+    def conclude(self, how: Closed, now: float) -> None:
+        """It came to an end where it was carried: nothing is left to be said."""
+        if self.state is OFFLOADED:
+            self._finish(how, now)
 
     def refuse(self, now: float, reason: Reason | None = None) -> None:
         """The outbound is not to be had. reason: an ICMP error to send in place of a RST."""

@@ -67,6 +67,7 @@ class Stack:
         self.memory = Memory(settings.max_memory)
         self.admission = Admission(settings, self.memory)
         self.opened = 0
+        self.settle: Callable[[], None] | None = None  # conclude the offloaded connections that are over
         self.keepalive = {"probes": 0, "given_up": 0}  # asked of silent clients, and clients that did not answer
         self.drops: dict[str, int] = {}
         self.received: dict[str, int] = {"tcp": 0, "udp": 0, "icmp": 0}
@@ -234,6 +235,13 @@ class Stack:
     def established(self, conn: Arrivals) -> None:
         """A connection left the half-open ones."""
         self.admission.established(conn.source)
+
+    def receive_anew(
+        self, key: bytes, seq: int, ack: int, bits: int, window: int, packet: memoryview, start: int, end: int,
+        now: float,
+    ) -> None:  # fmt: skip
+        """As `Connection.receive`, for a segment whose connection turned out to be over."""
+        self._unconnected.receive(key, seq, ack, bits, window, packet, start, end, now)
 
     def memory_is_full(self) -> bool:
         """True, and counted, when a piece of data cannot be kept because the connections hold too much already."""

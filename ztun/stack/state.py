@@ -7,7 +7,8 @@ from typing import Final
 
 
 class State(Enum):
-    """ztun only opens passively. DIALING is its own: the SYN is here, the outbound has not answered yet."""
+    """ztun only opens passively. Two are its own. DIALING: the SYN is here, the outbound has not answered yet.
+    OFFLOADED: the SYN was answered, and all that follows is carried by somebody else."""
 
     DIALING = "dialing"
     SYN_RECEIVED = "syn-received"
@@ -19,6 +20,7 @@ class State(Enum):
     LAST_ACK = "last-ack"
     TIME_WAIT = "time-wait"
     CLOSED = "closed"
+    OFFLOADED = "offloaded"
 
 
 # An attribute of an enum costs three times as much as a name, and every segment asks. Final[State], and not Final: a
@@ -33,6 +35,7 @@ CLOSING: Final[State] = State.CLOSING
 LAST_ACK: Final[State] = State.LAST_ACK
 TIME_WAIT: Final[State] = State.TIME_WAIT
 CLOSED: Final[State] = State.CLOSED
+OFFLOADED: Final[State] = State.OFFLOADED
 
 
 class Closed(Enum):

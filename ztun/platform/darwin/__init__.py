@@ -79,6 +79,7 @@ async def make_classifier(
     xdp: bool | str = True,
     host: bool = False,
     tun_addresses: Iterable[bytes] = (),
+    offload: bool = False,
 ) -> PythonClassifier:
     """The classifier of the open device `device`; it captures nothing before `attach`.
 

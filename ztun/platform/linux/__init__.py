@@ -51,15 +51,17 @@ async def make_classifier(
     xdp: bool | str = True,
     host: bool = False,
     tun_addresses: Iterable[bytes] = (),
+    offload: bool = False,
 ) -> Chosen:
     """Load the classifier for the open device `device`; it captures nothing before `attach`.
 
     backend: "auto", "bpf", "tcx", "clsact" or "routes"; fail: "open" or "closed"; own_addresses: packed;
     xdp: drop what is blocked before there is an skb, where that can be had; host: capture what this host sends, too;
-    tun_addresses: packed, of `device`. Raises ZtunError.
+    tun_addresses: packed, of `device`; offload: have the kernel carry connections, where it can. Raises ZtunError.
     """
     own, tun = tuple(own_addresses), tuple(tun_addresses)
-    return await choose(backend, Capture(device, tuple(lan), mark, hijack_dns, fail == "closed", own, xdp, host, tun))
+    capture = Capture(device, tuple(lan), mark, hijack_dns, fail == "closed", own, xdp, host, tun, offload)
+    return await choose(backend, capture)
 
 
 def make_monitor(mark: int) -> LinuxNetworkMonitor:

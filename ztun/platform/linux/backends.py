@@ -7,7 +7,7 @@ from functools import partial
 import structlog
 
 from ztun.errors import ConfigError, ZtunError
-from ztun.platform.linux import layout, loader, xdp
+from ztun.platform.linux import layout, loader, offload, xdp
 from ztun.platform.linux.bpfcall import has_tcx
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.classifier import MAPS, PROGRAMS, BpfClassifier
@@ -52,9 +52,12 @@ async def choose(backend: str, capture: Capture) -> Chosen:
 
 async def _load(backend: str, capture: Capture) -> BpfClassifier:
     programs = {xdp.PROGRAM: xdp.label(capture.device)} if capture.xdp else {}
-    objects = await loader.load(layout.find_sources(), PROGRAMS, {**MAPS, **xdp.MAPS}, programs)
-    if objects.refused:
-        log.warning("no XDP, tc drops alone", reason=", ".join(objects.refused.values()))
+    maps, optional = {**MAPS, **xdp.MAPS}, offload.PROGRAMS if capture.offload else ()
+    if capture.offload:
+        maps |= offload.MAPS
+    objects = await loader.load(layout.find_sources(), PROGRAMS, maps, programs, optional)
+    if xdp.PROGRAM in objects.refused:
+        log.warning("no XDP, tc drops alone", reason=objects.refused[xdp.PROGRAM])
     try:
         hook, reason = _choose_hook(backend, objects, capture)
         make_hook: MakeHook = partial(ClsactHook, device=capture.device) if hook == "clsact" else TcxHook

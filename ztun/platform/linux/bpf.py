@@ -38,7 +38,7 @@ class MissingError(Exception):
 
 
 class Loaded(NamedTuple):
-    """Descriptors by name, which belong to bcc; refused: XDP program -> why there is none."""
+    """Descriptors by name, which belong to bcc; refused: program that may be missing -> why there is none."""
 
     programs: dict[str, int]
     maps: dict[str, int]
@@ -47,17 +47,20 @@ class Loaded(NamedTuple):
 
 def main(request: str) -> None:
     """Answer one request: JSON with "directory", and the names of the "programs" and "maps" that are wanted; "xdp" has
-    a name for each XDP program besides, under which the kernel is to show it.
+    a name for each XDP program besides, under which the kernel is to show it; those and the "optional" may be missing.
 
     The answer is one message on standard input: JSON with lists of the names that there are and with "refused", what
-    the kernel said of XDP programs, and with it (SCM_RIGHTS, unix(7)) the descriptors in that order; or {"missing":
-    what to install}, or {"error": what bcc raised}. What the compiler and the verifier say goes to standard error.
+    the kernel said of those that are missing, and with it (SCM_RIGHTS, unix(7)) the descriptors in that order; or
+    {"missing": what to install}, or {"error": what bcc raised}. What the compiler and the verifier say is written to
+    standard error.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     wanted = json.loads(request)
     with socket.socket(fileno=0) as asking:
         try:
-            loaded = load(Path(wanted["directory"]), wanted["programs"], wanted["maps"], wanted["xdp"])
+            loaded = load(
+                Path(wanted["directory"]), wanted["programs"], wanted["maps"], wanted["xdp"], wanted["optional"]
+            )
             answer = {"programs": list(loaded.programs), "maps": list(loaded.maps), "refused": loaded.refused}
             descriptors = [*loaded.programs.values(), *loaded.maps.values()]
             socket.send_fds(asking, [json.dumps(answer).encode()], descriptors)
@@ -69,8 +72,11 @@ def main(request: str) -> None:
     os._exit(0)  # a compiler that is taken apart in order takes its time
 
 
-def load(directory: Path, programs: Sequence[str], maps: Sequence[str], xdp: Mapping[str, str]) -> Loaded:
-    """Compile `directory`/classify.c and load `programs` for tc, and those of `xdp` where the kernel takes them.
+def load(
+    directory: Path, programs: Sequence[str], maps: Sequence[str], xdp: Mapping[str, str], optional: Sequence[str]
+) -> Loaded:
+    """Compile `directory`/classify.c and load `programs` for tc; those of `xdp`, and of `optional` for tc, where the
+    kernel takes them.
 
     Raises MissingError, or whatever bcc raises.
     """
@@ -84,6 +90,11 @@ def load(directory: Path, programs: Sequence[str], maps: Sequence[str], xdp: Map
         {name: module.get_table(name.encode()).map_fd for name in maps},
         {},
     )
+    for name in optional:
+        try:
+            loaded.programs[name] = module.load_func(name.encode(), factory.SCHED_CLS).fd
+        except Exception as error:  # bcc raises nothing more exact
+            loaded.refused[name] = str(error)
     for name, shown in xdp.items():
         try:
             loaded.programs[name] = _load_xdp(module.dump_func(name.encode()), shown)

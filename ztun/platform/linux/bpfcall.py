@@ -18,6 +18,7 @@ _NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "armv7l": 386, "ppc64
 MAP_LOOKUP_ELEM = 1
 MAP_UPDATE_ELEM = 2
 MAP_DELETE_ELEM = 3
+MAP_LOOKUP_AND_DELETE_ELEM = 21
 PROG_GET_FD_BY_ID = 13
 MAP_GET_FD_BY_ID = 14
 OBJ_GET_INFO_BY_FD = 15
@@ -32,7 +33,7 @@ TCX_INGRESS = 46
 TCX_EGRESS = 47
 
 # The size of union bpf_attr that we hand over; the kernel takes any, if what it does not know is zero.
-_ATTR_SIZE = 128
+ATTR_SIZE = 128
 _MOST_MAPS = 64
 _MOST_PROGRAMS = 64  # on one hook: BPF_MPROG_MAX (include/linux/bpf_mprog.h)
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -53,7 +54,7 @@ def bpf(command: int, attr: ctypes.Array[ctypes.c_char]) -> int:
 
 def attributes(layout: str, *values: int) -> ctypes.Array[ctypes.c_char]:
     """A union bpf_attr that starts with `values` in the struct format `layout`."""
-    return ctypes.create_string_buffer(struct.pack(layout, *values), _ATTR_SIZE)
+    return ctypes.create_string_buffer(struct.pack(layout, *values), ATTR_SIZE)
 
 
 def create_tcx_link(program: int, ifindex: int, attach_type: int = TCX_INGRESS) -> int:

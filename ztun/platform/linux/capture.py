@@ -9,7 +9,8 @@ from typing import NamedTuple
 class Capture(NamedTuple):
     """device: the TUN's name; lan: interface names; mark: of our own sockets; own_addresses: packed addresses of
     this host; fail_closed: drop what a dead gateway would have tunnelled; xdp: drop what is blocked by XDP already;
-    host: capture what this host sends, too; tun_addresses: the packed addresses of the TUN.
+    host: capture what this host sends, too; tun_addresses: the packed addresses of the TUN; offload: carry connections
+    without us.
     """
 
     device: str
@@ -21,3 +22,4 @@ class Capture(NamedTuple):
     xdp: bool | str = True  # or the one form that is wanted, "native" or "generic"
     host: bool = False
     tun_addresses: Sequence[bytes] = ()
+    offload: bool = False

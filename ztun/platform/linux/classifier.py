@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import structlog
 
 from ztun.errors import ZtunError
-from ztun.platform.linux import host, layout, links, tables, xdp
+from ztun.platform.linux import host, layout, links, offload, tables, xdp
 from ztun.platform.linux.capture import Capture
 from ztun.platform.linux.hooks import Hook
 from ztun.platform.linux.host import HostCapture, MakeHook
@@ -18,6 +18,7 @@ from ztun.platform.linux.layout import CLIENT, COUNTER, DECISION, FLOW, RECENT, 
 from ztun.platform.linux.loader import Objects
 from ztun.platform.linux.maps import Map, PerCpuCounters, possible_cpus
 from ztun.platform.linux.netlink import NetlinkError, explain
+from ztun.platform.linux.offload import KernelOffload
 from ztun.platform.linux.xdp import XdpFilter
 from ztun.ports import RULE_BUILTIN, RULE_DEFAULT, RULE_DNS, RULE_FAKE_IP, Origin, Prefix, Verdict
 
@@ -82,9 +83,26 @@ class BpfClassifier:
         self._host = HostCapture(
             objects.programs, objects.maps, self._shared, make_hook, capture.device, capture.lan, capture.host
         )
+        self.offload = self._make_offload(backend)
         self._own: set[bytes] = set()
         self._device_index = links.find_index(capture.device, "tun.name")
         self.replace_own_addresses(capture.own_addresses)
+
+    def _make_offload(self, backend: str) -> KernelOffload | None:
+        """Only with TCX: a filter has its interface for itself, and stays when the process that looks after it dies."""
+        if not self._capture.offload:
+            return None
+        objects = self._objects
+        reason = next((objects.refused[name] for name in offload.PROGRAMS if name in objects.refused), None)
+        if backend != "tcx":
+            reason = "that takes TCX (Linux 6.6, and fail: open)"
+        if reason is None:
+            try:
+                return KernelOffload(objects.programs, objects.maps, self._shared, self._make_hook, self._capture.mark)
+            except OSError as error:
+                reason = error.strerror
+        log.warning("the kernel carries no connections, ztun does", reason=reason)
+        return None
 
     def replace_rules(self, prefixes: Iterable[Prefix]) -> None:
         """Make the prefix tables equal to `prefixes`, writing only what differs. Raises ZtunError if too many."""
@@ -262,6 +280,9 @@ class BpfClassifier:
         maps = [{"name": name, "type": MAPS[name][2], "entries": entries[name]} for name in MAPS]
         programs = [attached.hook.describe() for attached in self._hooks.values()]
         programs += [*self._host.programs(), *self._xdp.programs()]
+        if self.offload is not None:
+            programs += self.offload.programs()
+            maps.append({"name": "carried", "type": "hash", "entries": self.offload.describe()})
         return {"programs": programs, "maps": maps, "xdp": self._xdp.describe()}
 
     def close(self) -> None:
@@ -272,6 +293,8 @@ class BpfClassifier:
     def _detach(self) -> None:
         self._is_attached = False
         self._captured = dict.fromkeys(self._captured, "absent")
+        if self.offload is not None:
+            self.offload.close()
         self._host.close()
         self._xdp.close()
         while self._hooks:
@@ -294,6 +317,7 @@ class BpfClassifier:
         flags = constants["SETTING_HIJACK_DNS"] if capture.hijack_dns else 0
         flags |= constants["SETTING_FAIL_CLOSED"] if capture.fail_closed else 0
         flags |= constants["SETTING_CAPTURE_HOST"] if capture.host else 0
+        flags |= constants["SETTING_OFFLOAD"] if self.offload is not None else 0
         settings = SETTINGS.pack(self._device_index, capture.mark, flags, self._generation)
         self._maps["settings"].update(_ONLY, settings)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 from ztun.errors import ConfigError
 from ztun.platform.linux import netlink
+from ztun.platform.linux.netlink import NetlinkError
 
 # Devices whose packets start at the IP header: dev_is_mac_header_xmit() in include/linux/if_arp.h.
 _BARE_TYPES = frozenset({512, 519, 768, 769, 776, 778, 823, 0xFFFE, 0xFFFF})
@@ -33,6 +35,20 @@ def name_of(index: int) -> str | None:
     try:
         return socket.if_indextoname(index)
     except OSError:
+        return None
+
+
+def index_towards(address: str, mark: int) -> int | None:
+    """The interface by which packets with `mark` leave for an address literal; None where there is no route."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+
+    def ask(ip: Any) -> int | None:
+        found = ip.route("get", dst=address, family=family, mark=mark)
+        return found[0].get_attr("RTA_OIF") if found else None
+
+    try:
+        return netlink.run(ask)
+    except (NetlinkError, OSError):
         return None
 
 

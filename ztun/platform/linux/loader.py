@@ -30,7 +30,7 @@ _FAILED = "BPF programs not loaded"
 class Objects(NamedTuple):
     """Descriptors of loaded programs and their maps, by name. They are the caller's to close.
 
-    refused: XDP program -> why the kernel did not take it.
+    refused: program that may be missing -> why the kernel did not take it.
     """
 
     programs: dict[str, int]
@@ -49,14 +49,17 @@ async def load(
     programs: Iterable[str],
     maps: Mapping[str, tuple[int, int, str]],
     xdp: Mapping[str, str] = MappingProxyType({}),
+    optional: Iterable[str] = (),
 ) -> Objects:
     """Compile classify.c of `directory` (absolute) and load `programs` into the kernel. Takes about half a second.
 
-    xdp: XDP program -> the name by which the kernel is to show it, 15 letters at most. Those may be missing then.
+    xdp: XDP program -> the name by which the kernel is to show it, 15 letters at most; optional: tc programs. Both may
+    be missing then.
     maps: name -> (key size, value size in bytes, kind) of those that are wanted. Raises ZtunError with the compiler's
     or the verifier's first complaint, or with how their process ended. When it is cancelled, that process is killed.
     """
     wanted = {"directory": str(directory), "programs": list(programs), "maps": list(maps), "xdp": dict(xdp)}
+    wanted["optional"] = list(optional)
     request = json.dumps(wanted)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # Not a pipe, which a talkative compiler could fill, and no file that somebody would have to remove.

@@ -30,6 +30,7 @@ class MixedClassifier:
     def __init__(self, bpf: BpfClassifier, capture: Capture) -> None:
         self.backend = bpf.backend
         self.fallback_reason = bpf.fallback_reason
+        self.offload = bpf.offload
         self._bpf = bpf
         self._capture = capture
         self._routes: RoutesClassifier | None = None

@@ -75,7 +75,7 @@ class PrefixTable:
         size = len(next(iter(keys), b"")) - U32.size
         lengths = sorted({U32.unpack_from(key)[0] for key in keys}, reverse=True)
         for address, hits in untold.items():
-            packed = _narrow(address)
+            packed = narrow(address)
             matching = (_key_of(packed, length) for length in lengths if len(packed) == size)
             key = next((key for key in matching if key in keys), None)
             if key is not None:
@@ -128,11 +128,11 @@ def widen(address: bytes) -> bytes:
 
 def show_address(packed: bytes) -> str:
     """4 or 16 bytes as text; an IPv4-mapped address as IPv4."""
-    packed = _narrow(packed)
+    packed = narrow(packed)
     return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
 
 
-def _narrow(address: bytes) -> bytes:
+def narrow(address: bytes) -> bytes:
     """The opposite of `widen`."""
     return address[len(_MAPPED) :] if address.startswith(_MAPPED) else address
 

@@ -1,0 +1,246 @@
+"""Flows whose bytes the kernel carries: taken when the outbound is connected, looked at now and then, ended here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from typing import Final
+
+from ztun.gateway.engine import Engine
+from ztun.ports import ENDED, Offload
+from ztun.stack import Closed, Connection
+
+_INTERVAL: Final = 0.1  # seconds between looks at what has ended
+_UNHEARD: Final = 5  # every so many looks, at clients that did not answer yet
+_IDLE: Final = 50  # and at how long nothing went either way
+# Seconds after our SYN-ACK at which it is repeated (RFC 6298: 1, then twice as many), and at which it is given up.
+_REPEATS: Final = (1.0, 3.0, 7.0, 15.0, 31.0)
+_GIVEN_UP: Final = 63.0
+
+
+class KernelRelay:
+    """What TcpRelay is, for a flow that the kernel carries. A stack Handler, which is told of the end only."""
+
+    __slots__ = (
+        "_carrier", "_conn", "_fd", "_on_closed", "_sock", "_started", "how", "packets", "pending", "place",
+        "released", "repeated",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        carrier: Carrier,
+        conn: Connection,
+        sock: socket.socket,
+        place: int,
+        on_closed: Callable[[KernelRelay], None],
+    ) -> None:
+        """sock: watched by the engine's poller; it hears nothing more, but may be ended by others."""
+        self._carrier = carrier
+        self._conn = conn
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._on_closed = on_closed
+        self._started = carrier.engine.now()
+        self.place = place
+        self.pending = 0
+        self.how = Closed.ABORTED
+        self.released = False
+        self.packets = -1  # counted when it was found reset
+        self.repeated = 0  # how often the SYN-ACK was
+        carrier.engine.poller.hand_over(self._fd, self.ready)
+
+    # A stack Handler.
+
+    def established(self, now: float) -> None:
+        pass
+
+    def data(self, payload: memoryview, now: float) -> int:
+        return 0
+
+    def eof(self, now: float) -> None:
+        pass
+
+    def writable(self, now: float) -> None:
+        pass
+
+    def closed(self, how: Closed, now: float) -> None:
+        self.how = how
+        carrier = self._carrier
+        carrier.forget(self)
+        carrier.engine.poller.closing(self._fd)
+        os.close(self._sock.detach())
+        self._on_closed(self)
+
+    # As TcpRelay.
+
+    def ready(self, mask: int) -> None:
+        """A poller's handler: somebody destroyed the socket (ss -K, or we when its address is gone)."""
+        if mask & ENDED and self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.cut(self._carrier.engine.now(), Closed.ABORTED)
+            self._carrier.engine.send()
+
+    def is_idle(self, before: float) -> bool:
+        """Nothing went either way since then."""
+        self.refresh()
+        return self._conn.last_data <= before
+
+    def finish(self, now: float) -> None:
+        """End it. Only with a reset: nobody here keeps what a FIN would have to be sent again with."""
+        self.cut(now, Closed.ABORTED)
+
+    def keep_alive(self, interval: int) -> None:
+        """That is for the two ends to do."""
+
+    # The kernel's side.
+
+    def refresh(self) -> None:
+        """Have the connection know what was carried so far."""
+        progress, conn = self._carrier.offload.read(self.place), self._conn
+        conn.catch_up(
+            progress.down,
+            progress.up,
+            progress.nxt or conn.tx.nxt,
+            progress.rcv_nxt or conn.rx.nxt,
+            progress.last or self._started,
+        )
+
+    def is_heard(self, now: float) -> bool:
+        """Whether the client has said anything. Answers it again when it is time to, and gives it up in the end."""
+        if self._carrier.offload.read(self.place).heard:
+            return True
+        age = now - self._started
+        if age >= _GIVEN_UP:
+            self.cut(now, Closed.TIMED_OUT)
+        elif self.repeated < len(_REPEATS) and age >= _REPEATS[self.repeated]:
+            self.repeated += 1
+            self._conn.repeat_answer()
+        return self._conn.is_closed
+
+    def cut(self, now: float, how: Closed) -> None:
+        """Reset both ends."""
+        self.refresh()
+        self._carrier.offload.reset(self.place)
+        self._carrier.forget(self)  # or the client's answer would go to the proxy
+        self._conn.abort(now, how)
+
+    def conclude(self, how: Closed, now: float) -> None:
+        """Both ends know that it is over."""
+        self._conn.conclude(how, now)
+
+
+class Carrier:
+    """The flows that the kernel carries. tcp_idle: seconds."""
+
+    def __init__(self, engine: Engine, offload: Offload, tcp_idle: float) -> None:
+        self.engine = engine
+        self.offload = offload
+        self.total = 0
+        self._tcp_idle = tcp_idle
+        self._relays: dict[int, KernelRelay] = {}
+        self._unheard: dict[int, KernelRelay] = {}
+        self._reset: dict[int, KernelRelay] = {}  # one end reset them, as it seems
+        self._timer: asyncio.TimerHandle | None = None
+        self._looks = 0
+        engine.stack.settle = self.settle
+
+    def __len__(self) -> int:
+        return len(self._relays)
+
+    def take(
+        self, conn: Connection, sock: socket.socket, on_closed: Callable[[KernelRelay], None]
+    ) -> KernelRelay | None:
+        """Have the kernel carry a connection that waits for its answer, and answer it. None: it cannot be."""
+        now = self.engine.now()
+        found = self.offload.take(sock, conn.offer(), conn.stamp(now))
+        if found is None:
+            return None
+        place, terms = found
+        relay = KernelRelay(self, conn, sock, place, on_closed)
+        self._relays[place] = self._unheard[place] = relay
+        self.total += 1
+        conn.hand_over(relay, terms, now)
+        if self._timer is None:
+            self._timer = self.engine.loop.call_later(_INTERVAL, self._look)
+        return relay
+
+    def forget(self, relay: KernelRelay) -> None:
+        """The kernel carries it no longer. Idempotent."""
+        if not relay.released:
+            relay.released = True
+            self.offload.release([relay.place])
+            self._strike(relay)
+
+    def settle(self) -> None:
+        """Conclude those that are over."""
+        now = self.engine.now()
+        over: list[tuple[KernelRelay, Closed]] = []
+        doubtful, self._reset = self._reset, {}
+        for place in {*self.offload.ended(), *doubtful}:
+            relay = self._relays.get(place)
+            how = self._how(relay, now) if relay is not None else None
+            if relay is not None and how is not None:
+                over.append((relay, how))
+        if not over:
+            return
+        self.offload.release([relay.place for relay, _ in over])
+        for relay, _ in over:
+            relay.released = True
+            relay.refresh()
+            self._strike(relay)
+        for relay, how in over:
+            relay.conclude(how, now)
+
+    def stop(self) -> None:
+        """Reset all of them."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self.settle()
+        now = self.engine.now()
+        for relay in list(self._relays.values()):
+            relay.cut(now, Closed.ABORTED)
+
+    def _strike(self, relay: KernelRelay) -> None:
+        del self._relays[relay.place]
+        self._unheard.pop(relay.place, None)
+        self._reset.pop(relay.place, None)
+
+    def _how(self, relay: KernelRelay, now: float) -> Closed | None:
+        """How it ended; None when it did not. A reset is believed when nothing was said after it: its receiver does
+        not take just any (RFC 5961 section 3), and goes on then."""
+        progress = self.offload.read(relay.place)
+        if not progress.over:
+            return None  # news of who was at this place before
+        if not progress.reset:
+            return Closed.FINISHED
+        if relay.packets != progress.packets:
+            relay.packets = progress.packets
+            self._reset[relay.place] = relay
+            return None
+        return Closed.RESET_BY_CLIENT if progress.reset == "client" else Closed.ABORTED
+
+    def _look(self) -> None:
+        self._timer = None
+        self._looks += 1
+        now = self.engine.now()
+        self.settle()
+        if self._looks % _UNHEARD == 0:
+            self._look_at_unheard(now)
+        if self._looks % _IDLE == 0:
+            self._look_at_idle(now)
+        self.engine.send()
+        if self._relays and self._timer is None:
+            self._timer = self.engine.loop.call_later(_INTERVAL, self._look)
+
+    def _look_at_unheard(self, now: float) -> None:
+        for place, relay in list(self._unheard.items()):
+            if relay.is_heard(now):
+                self._unheard.pop(place, None)
+
+    def _look_at_idle(self, now: float) -> None:
+        before = now - self._tcp_idle
+        for relay in list(self._relays.values()):
+            if relay.is_idle(before):
+                relay.cut(now, Closed.TIMED_OUT)
