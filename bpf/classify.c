@@ -484,8 +484,9 @@ int reply(struct __sk_buff *skb)
 }
 
 /*
- * Carry a segment on where its connection is carried. 0: it is none of these, or has to be looked at; else what becomes
- * of it. Who begins a connection anew is nobody's old acquaintance: a SYN is never carried.
+ * Carry a segment on where its connection is carried. 0: it is none of these; else what becomes of it. Who begins a
+ * connection anew is nobody's old acquaintance: a SYN is never carried. What cannot be carried is lost: to the kernel's
+ * TCP, which holds the port, it would make no sense.
  */
 static __always_inline int carry_on(struct __sk_buff *skb, struct packet *packet, bool up)
 {
@@ -507,13 +508,13 @@ static __always_inline int carry_on(struct __sk_buff *skb, struct packet *packet
 	splice = splices.lookup(&place);
 	header = (segment.words >> 4) * 4;
 	if (!splice || header < TCP_HEADER || packet->offset + header > packet->length || hops_left(skb, packet) < 2)
-		return 0;
+		return drop(DROP_UNCARRIED, packet->length);
 	if (up && splice->lan != skb->ifindex)
 		splice->lan = skb->ifindex;
 	target = up ? splice->uplink : splice->lan;
 	result = carry(skb, packet, splice, up, &segment, header);
 	if (result)
-		return result > 0 ? 0 : drop(DROP_NO_ROOM, packet->length);
+		return drop(result > 0 ? DROP_UNCARRIED : DROP_NO_ROOM, packet->length);
 	if (note_segment(splice, up, &segment, packet->length - packet->offset - header))
 		ended.push(&place, 0);
 	count(COUNTER_PASS + (up ? PASS_UP : PASS_DOWN), packet->length);

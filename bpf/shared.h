@@ -27,6 +27,7 @@ enum drop_reason {
 	DROP_GATEWAY_DEAD,    /* fail: closed, and no heartbeat */
 	DROP_NO_ROOM,         /* the packet could not be prepared for its new device */
 	DROP_LOOP,            /* ztun's own packet, by its mark, on its way into the TUN */
+	DROP_UNCARRIED,       /* a segment of a carried connection with options that nobody sends, or without hops left */
 	DROP_REASONS,
 };
 

@@ -26,6 +26,7 @@ MODULES = (
     "ztun/outbound/*.py",
     "ztun/gateway/*.py",
     "ztun/names/pool.py",
+    "ztun/platform/linux/offload.py",
     "ztun/platform/linux/poller.py",
     "ztun/platform/linux/sockets.py",
     "ztun/platform/linux/tun.py",

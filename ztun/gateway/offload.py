@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Final
 
 from ztun.gateway.engine import Engine
-from ztun.ports import ENDED, Offload
+from ztun.ports import ENDED, Offload, Progress
 from ztun.stack import Closed, Connection
 
 _INTERVAL: Final = 0.1  # seconds between looks at what has ended
@@ -97,7 +97,11 @@ class KernelRelay:
 
     def refresh(self) -> None:
         """Have the connection know what was carried so far."""
-        progress, conn = self._carrier.offload.read(self.place), self._conn
+        self.take_note(self._carrier.offload.read(self.place))
+
+    def take_note(self, progress: Progress) -> None:
+        """As `refresh`, of what was read already."""
+        conn = self._conn
         conn.catch_up(
             progress.down,
             progress.up,
@@ -176,18 +180,22 @@ class Carrier:
         """Conclude those that are over."""
         now = self.engine.now()
         over: list[tuple[KernelRelay, Closed]] = []
+        read, relays = self.offload.read, self._relays
         doubtful, self._reset = self._reset, {}
         for place in {*self.offload.ended(), *doubtful}:
-            relay = self._relays.get(place)
-            how = self._how(relay, now) if relay is not None else None
-            if relay is not None and how is not None:
+            relay = relays.get(place)
+            if relay is None:
+                continue
+            progress = read(place)
+            how = self._how(relay, progress)
+            if how is not None:
+                relay.released = True
+                relay.take_note(progress)
                 over.append((relay, how))
         if not over:
             return
         self.offload.release([relay.place for relay, _ in over])
         for relay, _ in over:
-            relay.released = True
-            relay.refresh()
             self._strike(relay)
         for relay, how in over:
             relay.conclude(how, now)
@@ -207,10 +215,9 @@ class Carrier:
         self._unheard.pop(relay.place, None)
         self._reset.pop(relay.place, None)
 
-    def _how(self, relay: KernelRelay, now: float) -> Closed | None:
+    def _how(self, relay: KernelRelay, progress: Progress) -> Closed | None:
         """How it ended; None when it did not. A reset is believed when nothing was said after it: its receiver does
         not take just any (RFC 5961 section 3), and goes on then."""
-        progress = self.offload.read(relay.place)
         if not progress.over:
             return None  # news of who was at this place before
         if not progress.reset:

@@ -42,14 +42,28 @@ _libc.syscall.restype = ctypes.c_long
 
 def bpf(command: int, attr: ctypes.Array[ctypes.c_char]) -> int:
     """Make the call with `attr` (see `attributes`). Raises OSError."""
-    number = _NUMBERS.get(platform.machine())
-    if number is None:
+    if _NUMBER < 0:
         raise OSError(errno.ENOSYS, f"no number for bpf(2) on {platform.machine()}")
-    result = int(_libc.syscall(number, command, attr, len(attr)))
+    result = int(_libc.syscall(_NUMBER, command, attr, len(attr)))
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     return result
+
+
+_NUMBER = _NUMBERS.get(platform.machine(), -1)
+
+
+class Prepared:
+    """A call that is made again and again on the same memory, at half the price."""
+
+    def __init__(self, command: int, attr: ctypes.Array[ctypes.c_char]) -> None:
+        self._attr = attr  # as the kernel reads and writes it
+        self._arguments = tuple(map(ctypes.c_long, (_NUMBER, command, ctypes.addressof(attr), len(attr))))
+
+    def __call__(self) -> int:
+        """0, or the errno."""
+        return ctypes.get_errno() if _libc.syscall(*self._arguments) < 0 else 0
 
 
 def attributes(layout: str, *values: int) -> ctypes.Array[ctypes.c_char]:

@@ -10,12 +10,10 @@ docs/offload.md tells which connections these are.
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import mmap
 import socket
 import struct
-import sys
 import termios
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -35,10 +33,13 @@ from ztun.wire.handshake import Offer, Terms
 log = structlog.get_logger("ztun.classifier")
 
 # struct splice of bpf/shared.h: what is written once, and what the programs write.
-_FIXED = struct.Struct("=16s16s16s16s2s2s2s2sIIIIBBBB")
-_GROWING = struct.Struct("=2B2BBBxxIIxxxxQQQIIQQQII")
-SPLICE_SIZE = _FIXED.size + _GROWING.size
-_NOTHING: Final = (0,) * 11
+_FIXED = "16s16s16s16s4s4sIIIIBBBB"
+_GROWING_PART = "2B2BBBxxIIxxxxQQQIIQQQII"
+_GROWING = struct.Struct(f"={_GROWING_PART}")
+_SPLICE = struct.Struct(f"={_FIXED}{_GROWING_PART}")
+SPLICE_SIZE = _SPLICE.size
+_GROWING_AT: Final = _SPLICE.size - _GROWING.size
+_UPLINK: Final = 64 + 8 + 3 * 4  # its offset in struct splice
 
 PROGRAMS = ("carry_up", "carry_down")
 # Map name -> (key size, value size in bytes, kind as `bpftool map` names it).
@@ -53,21 +54,37 @@ _FIRST = U32.pack(0)
 
 # linux/tcp.h.
 _TCP: Final = socket.IPPROTO_TCP
+_TCP_INFO: Final = socket.TCP_INFO
 _REPAIR, _REPAIR_QUEUE, _QUEUE_SEQ, _TIMESTAMP = 19, 20, 21, 24
 _RECEIVE_QUEUE, _SEND_QUEUE = 1, 2
 _REPAIR_OFF = -1  # without a window probe
 _INFO_SIZE: Final = 232
 _ESTABLISHED: Final = 1
-_HAS_STAMPS, _HAS_SACK, _HAS_SCALE, _HAS_ECN, _SYN_DATA = 1, 2, 4, 8 | 16, 32
+_HAS_STAMPS, _HAS_SACK, _HAS_SCALE, _NOT_PLAIN = 1, 2, 4, 8 | 16 | 32  # not: ECN, and data in the SYN
 # State, options, window scales; snd_mss, unacked, advmss; notsent_bytes; snd_wnd.
 _INFO = struct.Struct("=B4xBBx8xI4xI56xI56xI80xI")
 # linux/filter.h: one instruction, BPF_RET | BPF_K with 0, which keeps nothing of any packet.
 _DEAF = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0), 8)
 _FILTER = struct.pack("@HP", 1, ctypes.addressof(_DEAF))
-_ATTACH_FILTER, _DETACH_FILTER = 26, 27  # asm-generic/socket.h
+_ATTACH_FILTER: Final = 26  # asm-generic/socket.h
 _MASK: Final = 0xFFFFFFFF
 _MOST_LOOKUPS: Final = 16  # between two changes of the network
+_MOST_LANS: Final = 4096
+_KEY4: Final = 12  # bytes of the key of an IPv4 flow
+_MAPPED: Final = bytes(10) + b"\xff\xff"
+_ZERO: Final = bytes(4)
+_PORTS = struct.Struct("!HH")
+_PAIR = struct.Struct("=II")
+_COUNT = struct.Struct("=I")
+_COUNT_AT: Final = 32  # of `count` among the batch attributes of union bpf_attr
 _RST_HOPS: Final = 64
+
+
+class _Way(NamedTuple):
+    """How a proxy is reached: its address (16 bytes), and the index of the interface."""
+
+    address: bytes
+    uplink: int
 
 
 class _Upstream(NamedTuple):
@@ -79,20 +96,24 @@ class _Upstream(NamedTuple):
     own_mss: int
     scale: int
     own_scale: int
-    scaled: bool
     sack: bool
     stamp: int | None
     window: int
 
 
 class _Place(NamedTuple):
-    """What belongs to a place: the two keys, and where a reset would have to go."""
+    """What belongs to a place: its two keys, the socket, and where a reset would have to go."""
 
-    keys: tuple[bytes, bytes]
+    up: bytes
+    down: bytes
+    sock: socket.socket
     local: bytes
     proxy: bytes
     ports: bytes
     offset: int
+
+
+_UNKNOWN = _Way(b"", 0)
 
 
 class KernelOffload:
@@ -122,36 +143,41 @@ class KernelOffload:
         self._free: list[int] = []
         self._used = 0
         self._places: dict[int, _Place] = {}
-        self._ways: dict[str, str] = {}  # address of a proxy -> interface
+        self._interfaces: dict[str, str] = {}  # address of a proxy -> name of the interface, as we were told
+        self._ways: dict[str, _Way | None] = {}
         self._looked_up = 0  # addresses that nobody told of
+        self._lans: dict[bytes, int] = {}
+        self._packed: dict[str, bytes] = {}  # our own addresses
         self._mark = mark
         self._hooks: dict[str, tuple[int, Hook]] = {}  # interface -> its index and what is attached there
         self._raw = {family: _raw_socket(family, mark) for family in (socket.AF_INET, socket.AF_INET6)}
         self.refused = 0  # connections that did not fit together
         Map(maps["jumps"], *MAPS["jumps"][:2]).update(_FIRST, U32.pack(programs["carry_up"]))
 
-    # Where proxies are.
+    # Where proxies and clients are.
 
     def follow(self, ways: Mapping[str, str]) -> None:
         """See ztun.ports.Offload.follow. Connections go on by another interface when their proxy is reached by it."""
-        self._ways = dict(ways)
-        self._is_ethernet.clear()
+        self._interfaces = dict(ways)
         self._looked_up = 0
+        self._ways.clear()
+        self._lans.clear()
+        self._is_ethernet.clear()
         for ifname in [ifname for ifname, (index, _) in self._hooks.items() if links.index_of(ifname) != index]:
             self._let_go(ifname)
-        for ifname in set(self._ways.values()) - self._hooks.keys():
+        for ifname in set(ways.values()) - self._hooks.keys():
             self._attach(ifname)
-        known = {what.proxy for what in self._places.values()}
-        indices = {proxy: self._uplink(tables.show_address(proxy)) for proxy in known}
         for place, what in self._places.items():
-            index = indices[what.proxy]
-            if index is not None:
-                struct.pack_into("=I", self._memory, place * SPLICE_SIZE + _UPLINK, index)
+            way = self._way(tables.show_address(what.proxy))
+            if way is not None:
+                struct.pack_into("=I", self._memory, place * SPLICE_SIZE + _UPLINK, way.uplink)
+            else:
+                _deafen(what.sock)
 
     def _attach(self, ifname: str) -> None:
         """What cannot be had is no loss: connections by that interface stay with us."""
         index = links.index_of(ifname)
-        if index is None or ifname == "lo" or not links.has_link_header(index):
+        if index is None or ifname == "lo" or not self._has_link_header(index):
             return
         try:
             self._hooks[ifname] = index, self._make_hook(_HOOKED, self._programs[_HOOKED], ifname)
@@ -166,81 +192,99 @@ class KernelOffload:
         except (NetlinkError, OSError) as error:
             log.warning("program not detached", error=str(error), **hook.describe())
 
+    def _way(self, proxy: str) -> _Way | None:
+        """To a proxy; None where its packets cannot be had."""
+        way = self._ways.get(proxy, _UNKNOWN)
+        if way is _UNKNOWN:
+            if proxy not in self._interfaces and self._looked_up == _MOST_LOOKUPS:
+                return None
+            way = self._ways[proxy] = self._find_way(proxy)
+        return way
+
+    def _find_way(self, proxy: str) -> _Way | None:
+        ifname = self._interfaces.get(proxy)
+        if ifname is None:  # its name was resolved only now
+            self._looked_up += 1
+            index = links.index_towards(proxy, self._mark)
+            ifname = (links.name_of(index) if index is not None else None) or ""
+            if ifname and ifname not in self._hooks:
+                self._attach(ifname)
+        hooked = self._hooks.get(ifname)
+        return _Way(_pack(proxy), hooked[0]) if hooked is not None else None
+
+    def _lan(self, client: bytes) -> int | None:
+        """The interface by which a client (16 bytes) is reached; None where its packets do not come to `capture`.
+
+        A client that moves is no matter: the programs follow it.
+        """
+        found = self._lans.get(client)
+        if found is None:
+            found = self._clients.interface_of(client)
+            if found is None or not self._has_link_header(found):
+                return None
+            if len(self._lans) == _MOST_LANS:
+                self._lans.clear()
+            self._lans[client] = found
+        return found
+
     def _has_link_header(self, index: int) -> bool:
-        """Of an interface without, `capture_l3` takes the packets, which carries none of them on."""
         known = self._is_ethernet.get(index)
         if known is None:
             known = self._is_ethernet[index] = links.has_link_header(index)
         return known
 
-    def _uplink(self, proxy: str) -> int | None:
-        """The index of the interface by which a proxy is reached, where its packets can be had."""
-        ifname = self._ways.get(proxy)
-        if ifname is None:
-            if self._looked_up == _MOST_LOOKUPS:
-                return None
-            ifname = self._look_up(proxy)
-        hooked = self._hooks.get(ifname)
-        return hooked[0] if hooked is not None else None
-
-    def _look_up(self, proxy: str) -> str:
-        """Ask the kernel, which takes some milliseconds: for a proxy whose name was resolved only now."""
-        self._looked_up += 1
-        index = links.index_towards(proxy, self._mark)
-        ifname = self._ways[proxy] = (links.name_of(index) if index is not None else None) or ""
-        if ifname and ifname not in self._hooks:
-            self._attach(ifname)
-        return ifname
-
     # Connections.
 
     def take(self, sock: socket.socket, offer: Offer, stamp: int) -> tuple[int, Terms] | None:
-        """See ztun.ports.Offload.take."""
-        local, proxy = sock.getsockname(), sock.getpeername()
-        uplink = self._uplink(proxy[0])
-        family = socket.AF_INET if len(offer.key) == 12 else socket.AF_INET6
-        if uplink is None or sock.family != family or not (self._free or self._used < self._most):
+        """See ztun.ports.Offload.take.
+
+        The connection is entered before it is known whether anything came for the socket meanwhile: what comes later
+        goes to the client, who does not know of it yet, and is sent again.
+        """
+        proxy_address, proxy_port = sock.getpeername()[:2]
+        way = self._way(proxy_address)
+        key = offer.key
+        is_v4 = len(key) == _KEY4
+        if way is None or is_v4 == (":" in proxy_address) or not (self._free or self._used < self._most):
+            return None
+        client = _MAPPED + key[:4] if is_v4 else key[:16]
+        lan = self._lan(client)
+        if lan is None:
             return None
         upstream = _freeze(sock)
-        if upstream is None:
-            return None
-        terms = _agree(offer, upstream)
-        if terms is None:
+        terms = _agree(offer, upstream) if upstream is not None else None
+        if upstream is None or terms is None:
             _thaw(sock)
             self.refused += 1
             return None
-        half = (len(offer.key) - 4) // 2
-        client, destination = tables.widen(offer.key[:half]), tables.widen(offer.key[half : 2 * half])
-        lan = self._clients.interface_of(client)
-        if lan is None or not self._has_link_header(lan):
-            _thaw(sock)
-            return None
-        packed_local = tables.widen(socket.inet_pton(family, local[0]))
-        packed_proxy = tables.widen(socket.inet_pton(family, proxy[0]))
-        client_port, destination_port = offer.key[-4:-2], offer.key[-2:]
-        local_port, proxy_port = local[1].to_bytes(2, "big"), proxy[1].to_bytes(2, "big")
+        destination = _MAPPED + key[4:8] if is_v4 else key[16:32]
+        local_address, local_port = sock.getsockname()[:2]
+        local = self._packed.get(local_address)
+        if local is None:
+            local = self._packed[local_address] = _pack(local_address)
+        ports = _PORTS.pack(local_port, proxy_port)
         offset = (upstream.number - offer.number) & _MASK
         stamps = (upstream.stamp - offer.stamp) & _MASK if upstream.stamp is not None and offer.stamp is not None else 0
+        scaled = offer.scale is not None
         place = self._free.pop() if self._free else self._used
-        at = place * SPLICE_SIZE
-        _FIXED.pack_into(
-            self._memory, at,
-            client, destination, packed_local, packed_proxy, client_port, destination_port, local_port, proxy_port,
-            offset, stamps, stamp, uplink,
-            offer.scale or 0 if terms.scale is not None else 0, upstream.own_scale, upstream.scale, terms.scale or 0,
+        _SPLICE.pack_into(
+            self._memory, place * SPLICE_SIZE,
+            client, destination, local, way.address, key[-4:], ports, offset, stamps, stamp, way.uplink,
+            offer.scale or 0, upstream.own_scale, upstream.scale, upstream.scale if scaled else 0,
+            0, 0, 0, 0, 0, 0, lan, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
         )  # fmt: skip
-        _GROWING.pack_into(self._memory, at + _FIXED.size, 0, 0, 0, 0, 0, 0, lan, *_NOTHING)
-        up = client + destination + client_port + destination_port
-        down = packed_proxy + packed_local + proxy_port + local_port
-        try:
-            self._pairs.write(up, place << 1, down, place << 1 | 1)
-        except OSError:
-            if place < self._used:
-                self._free.append(place)
+        what = _Place(
+            client + destination + key[-4:], way.address + local + ports[2:] + ports[:2],
+            sock, local, way.address, ports, offset,
+        )  # fmt: skip
+        if not self._pairs.write(what.up, place << 1, what.down, place << 1 | 1) or not _is_at_rest(sock, upstream):
+            self._carried.delete_many((what.up, what.down))
+            self._free.append(place)
+            self._used = max(self._used, place + 1)
             _thaw(sock)
             return None
         self._used = max(self._used, place + 1)
-        self._places[place] = _Place((up, down), packed_local, packed_proxy, local_port + proxy_port, offset)
+        self._places[place] = what
         return place, terms
 
     def ended(self) -> list[int]:
@@ -255,7 +299,7 @@ class KernelOffload:
         (
             _, _, reset_up, reset_down, closed, _, _, _,
             packets_up, up, last_up, nxt, _, packets_down, down, last_down, acknowledged, _,
-        ) = _GROWING.unpack_from(self._memory, place * SPLICE_SIZE + _FIXED.size)  # fmt: skip
+        ) = _GROWING.unpack_from(self._memory, place * SPLICE_SIZE + _GROWING_AT)  # fmt: skip
         return Progress(
             up,
             down,
@@ -271,7 +315,7 @@ class KernelOffload:
     def release(self, places: Sequence[int]) -> None:
         """See ztun.ports.Offload.release."""
         gone = [self._places.pop(place) for place in places]
-        self._carried.delete_many(key for what in gone for key in what.keys)
+        self._carried.delete_many(key for what in gone for key in (what.up, what.down))
         self._free.extend(places)
 
     def reset(self, place: int) -> None:
@@ -304,7 +348,7 @@ class KernelOffload:
     def _describe(self) -> Iterator[dict[str, Any]]:
         for place, what in self._places.items():
             progress = self.read(place)
-            up, down = (FLOW.unpack(key) for key in what.keys)
+            up, down = FLOW.unpack(what.up), FLOW.unpack(what.down)
             yield {
                 "client": tables.show_address(up[0]),
                 "client_port": up[2],
@@ -327,9 +371,6 @@ class KernelOffload:
             self._memory.close()
 
 
-_UPLINK: Final = 64 + 8 + 3 * 4
-
-
 def _raw_socket(family: int, mark: int) -> socket.socket:
     """For whole IP packets (raw(7)). Raises OSError."""
     raw = socket.socket(family, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW)
@@ -337,44 +378,54 @@ def _raw_socket(family: int, mark: int) -> socket.socket:
     return raw
 
 
+def _pack(address: str) -> bytes:
+    """An address literal as 16 bytes."""
+    return tables.widen(socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address))
+
+
 def _freeze(sock: socket.socket) -> _Upstream | None:
-    """Have a socket hear nothing more, and say where its connection is. None, and all as before, when it is not at
-    rest: something was said that has not been read, or not been acknowledged.
+    """Take a connection from the kernel's TCP, and say where it is. `_thaw` undoes it, also when it is None: something
+    that was sent was not acknowledged, or the other end has closed.
     """
+    get, put = sock.getsockopt, sock.setsockopt
     try:
-        sock.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, _FILTER)
-        state, options, scales, mss, unacked, own_mss, unsent, window = _INFO.unpack(
-            sock.getsockopt(_TCP, socket.TCP_INFO, _INFO_SIZE)
-        )
-        unread = fcntl.ioctl(sock.fileno(), termios.FIONREAD, b"\0\0\0\0")
-        if state != _ESTABLISHED or unacked or unsent or options & (_HAS_ECN | _SYN_DATA) or unread != b"\0\0\0\0":
-            _thaw(sock)
+        put(_TCP, _REPAIR, 1)
+        put(_TCP, _REPAIR_QUEUE, _SEND_QUEUE)
+        number = get(_TCP, _QUEUE_SEQ) & _MASK
+        put(_TCP, _REPAIR_QUEUE, _RECEIVE_QUEUE)
+        expected = get(_TCP, _QUEUE_SEQ) & _MASK
+        state, options, scales, mss, unacked, own_mss, unsent, window = _INFO.unpack(get(_TCP, _TCP_INFO, _INFO_SIZE))
+        if state != _ESTABLISHED or unacked or unsent or options & _NOT_PLAIN:
             return None
-        sock.setsockopt(_TCP, _REPAIR, 1)
-        sock.setsockopt(_TCP, _REPAIR_QUEUE, _SEND_QUEUE)
-        number = sock.getsockopt(_TCP, _QUEUE_SEQ) & _MASK
-        sock.setsockopt(_TCP, _REPAIR_QUEUE, _RECEIVE_QUEUE)
-        expected = sock.getsockopt(_TCP, _QUEUE_SEQ) & _MASK
-        stamp = sock.getsockopt(_TCP, _TIMESTAMP) & _MASK if options & _HAS_STAMPS else None
+        stamp = get(_TCP, _TIMESTAMP) & _MASK if options & _HAS_STAMPS else None
     except OSError:
-        _thaw(sock)
         return None
-    scaled = bool(options & _HAS_SCALE)
-    scale, own_scale = (scales & 15, scales >> 4) if scaled else (0, 0)
-    return _Upstream(number, expected, mss, own_mss, scale, own_scale, scaled, bool(options & _HAS_SACK), stamp, window)
+    if not options & _HAS_SCALE:
+        scales = 0
+    return _Upstream(number, expected, mss, own_mss, scales & 15, scales >> 4, options & _HAS_SACK != 0, stamp, window)
+
+
+def _is_at_rest(sock: socket.socket, upstream: _Upstream) -> bool:
+    """Whether nothing has come for a frozen connection that nobody has read."""
+    if fcntl.ioctl(sock.fileno(), termios.FIONREAD, _ZERO) != _ZERO:
+        return False
+    return sock.getsockopt(_TCP, _QUEUE_SEQ) & _MASK == upstream.expected
 
 
 def _thaw(sock: socket.socket) -> None:
     """Undo `_freeze`."""
-    for level, option, value in (
-        (_TCP, _REPAIR, _REPAIR_OFF),
-        (socket.SOL_SOCKET, _DETACH_FILTER, 0),
-    ):
-        try:
-            sock.setsockopt(level, option, value)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.EPERM):
-                log.debug("a connection was not given back", reason=error.strerror)
+    try:
+        sock.setsockopt(_TCP, _REPAIR, _REPAIR_OFF)
+    except OSError as error:
+        log.debug("a connection was not given back", reason=error.strerror)
+
+
+def _deafen(sock: socket.socket) -> None:
+    """Have a frozen connection hear nothing: it would acknowledge what the client never gets."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, _FILTER)
+    except OSError as error:
+        log.debug("a connection still hears its proxy", reason=error.strerror)
 
 
 def _agree(offer: Offer, upstream: _Upstream) -> Terms | None:
@@ -398,15 +449,15 @@ class _Pairs:
         self._keys = ctypes.create_string_buffer(2 * FLOW.size)
         self._values = ctypes.create_string_buffer(2 * U32.size)
         addresses = ctypes.addressof(self._keys), ctypes.addressof(self._values)
-        self._attributes = struct.pack("=QQQQIIQQ", 0, 0, *addresses, 2, fd, 0, 0)
-        self._attr = ctypes.create_string_buffer(self._attributes, bpfcall.ATTR_SIZE)
+        self._attr = bpfcall.attributes("=QQQQIIQQ", 0, 0, *addresses, 2, fd, 0, 0)
+        self._call = bpfcall.Prepared(bpfcall.MAP_UPDATE_BATCH, self._attr)
 
-    def write(self, key: bytes, value: int, other_key: bytes, other_value: int) -> None:
-        """Raises OSError."""
+    def write(self, key: bytes, value: int, other_key: bytes, other_value: int) -> bool:
+        """Whether both are there now."""
         self._keys.raw = key + other_key
-        struct.pack_into("=II", self._values, 0, value, other_value)
-        struct.pack_into("=I", self._attr, 32, 2)
-        bpfcall.bpf(bpfcall.MAP_UPDATE_BATCH, self._attr)
+        self._values.raw = _PAIR.pack(value, other_value)
+        _COUNT.pack_into(self._attr, _COUNT_AT, 2)  # where the kernel says how many it has done
+        return self._call() == 0
 
 
 class _Clients:
@@ -415,16 +466,12 @@ class _Clients:
     def __init__(self, fd: int) -> None:
         self._key, self._value = ctypes.create_string_buffer(16), ctypes.create_string_buffer(CLIENT.size)
         addresses = ctypes.addressof(self._key), ctypes.addressof(self._value)
-        self._attr = bpfcall.attributes("=I4xQQQ", fd, *addresses, 0)
+        self._call = bpfcall.Prepared(bpfcall.MAP_LOOKUP_ELEM, bpfcall.attributes("=I4xQQQ", fd, *addresses, 0))
 
     def interface_of(self, client: bytes) -> int | None:
         """The index of the interface by which packets of a client (16 bytes) came in last."""
         self._key.raw = client
-        try:
-            bpfcall.bpf(bpfcall.MAP_LOOKUP_ELEM, self._attr)
-        except OSError:
-            return None
-        return int.from_bytes(self._value.raw[:4], sys.byteorder)
+        return int(U32.unpack(self._value.raw[:4])[0]) if self._call() == 0 else None
 
 
 class _Queue:
@@ -432,14 +479,9 @@ class _Queue:
 
     def __init__(self, fd: int) -> None:
         self._value = ctypes.create_string_buffer(U32.size)
-        self._attr = bpfcall.attributes("=I4xQQQ", fd, 0, ctypes.addressof(self._value), 0)
+        attr = bpfcall.attributes("=I4xQQQ", fd, 0, ctypes.addressof(self._value), 0)
+        self._call = bpfcall.Prepared(bpfcall.MAP_LOOKUP_AND_DELETE_ELEM, attr)
 
     def pop(self) -> int | None:
         """The oldest; None when there is none."""
-        try:
-            bpfcall.bpf(bpfcall.MAP_LOOKUP_AND_DELETE_ELEM, self._attr)
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                return None
-            raise
-        return int(U32.unpack(self._value.raw)[0])
+        return int(U32.unpack(self._value.raw)[0]) if self._call() == 0 else None
