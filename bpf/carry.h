@@ -185,8 +185,10 @@ static __always_inline bool is_at_least(__u32 a, __u32 b)
 static __always_inline bool note_segment(struct splice *splice, bool up, struct segment *segment, __u32 payload)
 {
 	struct way *way = up ? &splice->up : &splice->down;
-	__u32 ack = bpf_ntohl(segment->ack);
+	__u32 ack = bpf_ntohl(segment->ack), end = bpf_ntohl(segment->seq) + payload;
 
+	if (!way->packets || is_at_least(end, way->end))
+		way->end = end;
 	way->packets++;
 	way->bytes += payload;
 	way->last = bpf_ktime_get_ns();
@@ -197,7 +199,7 @@ static __always_inline bool note_segment(struct splice *splice, bool up, struct 
 		return true;
 	}
 	if (segment->flags & TCP_FIN) {
-		way->fin = bpf_ntohl(segment->seq) + payload + 1;
+		way->fin = end + 1;
 		splice->ends[!up] = 1;
 	}
 	if (!splice->ends[0] || !splice->ends[1] || splice->closed)

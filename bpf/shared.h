@@ -190,7 +190,9 @@ struct way {
 	__u64 bytes; /* of payload */
 	__u64 last;  /* CLOCK_MONOTONIC in nanoseconds */
 	__u32 ack;   /* the newest; for `down` in the client's numbers */
+	__u32 end;   /* the number behind what was sent so far */
 	__u32 fin;   /* what acknowledges the FIN */
+	__u32 unused;
 };
 
 /*

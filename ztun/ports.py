@@ -438,8 +438,10 @@ class Poller(Protocol):
 class Progress(NamedTuple):
     """How far a connection came that the kernel carries. up, down: bytes of payload, what was sent again among them;
     heard: the client has sent something; over: nothing more will come; reset: one end reset it, "client" or "proxy", ""
-    for none; packets: in all; last: when one came last, seconds of CLOCK_MONOTONIC, 0 for never; nxt, rcv_nxt: the
-    sequence numbers that the client expects next and will send next, by what was acknowledged, 0: not known.
+    for none; packets: in all; last: when one came last, seconds of CLOCK_MONOTONIC, 0 for never.
+
+    In the client's sequence numbers, 0 for what is not known yet: acknowledged, nxt: what it acknowledged of what was
+    sent to it, and the number behind all that was; expected, received: the same of what it sent.
     """
 
     up: int
@@ -449,8 +451,10 @@ class Progress(NamedTuple):
     reset: str
     packets: int
     last: float
+    acknowledged: int
     nxt: int
-    rcv_nxt: int
+    expected: int
+    received: int
 
 
 class Offload(Protocol):

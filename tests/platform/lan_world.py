@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ztun.lab.namespace import Namespace, wait_until
-from ztun.platform.linux import layout, loader, xdp
+from ztun.platform.linux import layout, loader, offload, xdp
 from ztun.platform.linux import make_classifier as make_classifier_async
 from ztun.platform.linux.bpfcall import attributes
 from ztun.platform.linux.bpfcall import bpf as bpf_call
@@ -78,9 +78,13 @@ def frame(data: bytes, ethertype: bytes | None = None) -> bytes:
 
 
 def load_now(
-    directory: Path, programs: Iterable[str], maps: Mapping[str, tuple[int, int, str]], xdp: Mapping[str, str] = {}
+    directory: Path,
+    programs: Iterable[str],
+    maps: Mapping[str, tuple[int, int, str]],
+    xdp: Mapping[str, str] = {},
+    optional: Iterable[str] = (),
 ) -> loader.Objects:
-    return asyncio.run(loader.load(directory, programs, maps, xdp))
+    return asyncio.run(loader.load(directory, programs, maps, xdp, optional))
 
 
 def make_classifier(*arguments: Any, **options: Any) -> Any:
@@ -90,7 +94,8 @@ def make_classifier(*arguments: Any, **options: Any) -> Any:
 @cache
 def _objects() -> loader.Objects:
     """Compiled once for all tests."""
-    return load_now(layout.find_sources(), PROGRAMS, {**MAPS, **xdp.MAPS}, {xdp.PROGRAM: xdp.label(TUN)})
+    maps = {**MAPS, **xdp.MAPS, **offload.MAPS}
+    return load_now(layout.find_sources(), PROGRAMS, maps, {xdp.PROGRAM: xdp.label(TUN)}, offload.PROGRAMS)
 
 
 class Bench:
@@ -119,9 +124,13 @@ class Bench:
         """What the program returns for a frame: GO_ON, SHOT or REDIRECT, or an action of XDP. The heart beats unless
         `is_alive` is off.
         """
+        return self.transform(data, program=program, mark=mark)[0]
+
+    def transform(self, data: bytes, *, program: str, mark: int = 0) -> tuple[int, bytes]:
+        """The same, and the frame as the program left it."""
         if self.is_alive:
             self.classifier.heartbeat()
-        held = ctypes.create_string_buffer(data, len(data))
+        held, out = ctypes.create_string_buffer(data, len(data)), ctypes.create_string_buffer(len(data) + 256)
         context = ctypes.create_string_buffer(struct.pack("=II", 0, 0) + struct.pack("=I", mark), 192)
         length = 0 if program == "xdp" else len(context)  # that of XDP would have to tell where the frame ends
         attr = attributes(
@@ -129,9 +138,9 @@ class Bench:
             self.objects.programs[program],
             0,
             len(data),
-            0,
+            len(out),
             ctypes.addressof(held),
-            0,
+            ctypes.addressof(out),
             1,
             0,
             length,
@@ -140,7 +149,8 @@ class Bench:
             0,
         )
         bpf_call(PROG_TEST_RUN, attr)
-        return int(struct.unpack_from("=i", attr.raw, 4)[0])
+        result, _, size = struct.unpack_from("=iII", attr.raw, 4)
+        return int(result), out.raw[:size]
 
     def counted(self) -> dict[str, int]:
         """Counter -> packets, of those that are not zero."""

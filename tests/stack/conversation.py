@@ -15,6 +15,7 @@ import packets
 from packets import ACK, FIN, PSH, SYN, Segment
 
 from ztun.stack import BufferPool, Closed, Connection, Datagram, Stack, StackSettings, State
+from ztun.wire.handshake import Terms
 
 CLIENT = {4: bytes([10, 0, 0, 2]), 6: bytes([0xFD] + [0] * 14 + [2])}
 SERVER = {4: bytes([192, 0, 2, 7]), 6: bytes.fromhex("20010db8000000000000000000000007")}
@@ -172,6 +173,18 @@ class Net:
         self.collect()
         return app
 
+    def hands_over(self, **terms: Any) -> App:
+        """The outbound of the latest SYN is connected, and somebody else carries the rest. terms: see Terms; number is
+        relative to `iss`, as all numbers are: 1 for the first byte, unless the test says otherwise."""
+        conn = self.incoming[-1]
+        app = App(self, conn)
+        self.apps.append(app)
+        agreed = {"mss": 1400, "scale": 9, "sack": True, "stamps": True, "window": 64000, **terms}
+        self.iss += agreed.pop("number", 1) - 1
+        conn.hand_over(app, Terms(self.iss + 1, **agreed), self.now)
+        self.collect()
+        return app
+
     def collect(self) -> None:
         """Do what the engine does after every batch: send the outbox. Nothing may refer to it afterwards."""
         if self._in_batch:
@@ -188,6 +201,8 @@ class Net:
         for key, conn in stack.connections.items():
             assert conn.key == key
             assert conn.state is not State.CLOSED
+            if conn.state is State.OFFLOADED:
+                continue  # its numbers are told, and nobody works with them
             tx, rx = conn.tx, conn.rx
             assert tx.una <= tx.nxt <= tx.queue.end + tx.fin_queued
             assert tx.queue.start == min(tx.una, tx.queue.end)

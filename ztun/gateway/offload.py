@@ -105,8 +105,9 @@ class KernelRelay:
         conn.catch_up(
             progress.down,
             progress.up,
+            progress.acknowledged or conn.tx.una,
             progress.nxt or conn.tx.nxt,
-            progress.rcv_nxt or conn.rx.nxt,
+            progress.received or conn.rx.nxt,
             progress.last or self._started,
         )
 

@@ -159,7 +159,7 @@ class Connection(Arrivals):
         self.state = OFFLOADED
         self.timestamps = terms.stamps
         self.iss = terms.number - 1
-        self.tx.nxt = terms.number
+        self.tx.una = self.tx.nxt = terms.number
         options = tcp.pack_options(
             tcp.Options(
                 mss=min(terms.mss, self._own_mss()),
@@ -177,12 +177,12 @@ class Connection(Arrivals):
         if self.state is OFFLOADED:
             self.stack.outbox.append((self.syn,))
 
-    def catch_up(self, sent: int, received: int, nxt: int, rcv_nxt: int, last_data: float) -> None:
-        """Tell what was carried so far. sent, received: bytes of payload; nxt, rcv_nxt: the numbers that the client
-        expects next and will send next, so far as is known."""
+    def catch_up(self, sent: int, received: int, una: int, nxt: int, rcv_nxt: int, last_data: float) -> None:
+        """Tell what was carried so far. sent, received: bytes of payload; una: what the client has acknowledged; nxt,
+        rcv_nxt: the numbers behind what was sent to it, and behind what it sent."""
         if self.state is OFFLOADED:
             self.sent, self.received, self.last_data = sent, received, last_data
-            self.tx.nxt, self.rx.nxt = nxt, rcv_nxt
+            self.tx.una, self.tx.nxt, self.rx.nxt = una, nxt, rcv_nxt
 
     def conclude(self, how: Closed, now: float) -> None:
         """It came to an end where it was carried: nothing is left to be said."""
@@ -240,6 +240,9 @@ class Connection(Arrivals):
             return
         if self.state is DIALING:
             self._emit_reset(0, self.rx.nxt)
+        elif self.state is OFFLOADED:
+            for number in {self.tx.una, self.tx.nxt}:  # nobody knows what of the rest the client has got
+                self._emit_reset(number, self.rx.nxt)
         elif self.tx.unsent() or self.state not in (CLOSING, LAST_ACK):
             options = self._stamp_option(now) if self.timestamps else b""  # RFC 7323 section 3.2
             self._emit_reset(self.tx.nxt, self.rx.nxt, options)

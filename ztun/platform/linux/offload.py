@@ -34,7 +34,7 @@ log = structlog.get_logger("ztun.classifier")
 
 # struct splice of bpf/shared.h: what is written once, and what the programs write.
 _FIXED = "16s16s16s16s4s4sIIIIBBBB"
-_GROWING_PART = "2B2BBBxxIIxxxxQQQIIQQQII"
+_GROWING_PART = "2B2BBBxxIIxxxxQQQIIIxxxxQQQIIIxxxx"
 _GROWING = struct.Struct(f"={_GROWING_PART}")
 _SPLICE = struct.Struct(f"={_FIXED}{_GROWING_PART}")
 SPLICE_SIZE = _SPLICE.size
@@ -73,6 +73,7 @@ _MOST_LANS: Final = 4096
 _KEY4: Final = 12  # bytes of the key of an IPv4 flow
 _MAPPED: Final = bytes(10) + b"\xff\xff"
 _ZERO: Final = bytes(4)
+_NOTHING_YET: Final = (0,) * 12
 _PORTS = struct.Struct("!HH")
 _PAIR = struct.Struct("=II")
 _COUNT = struct.Struct("=I")
@@ -271,7 +272,7 @@ class KernelOffload:
             self._memory, place * SPLICE_SIZE,
             client, destination, local, way.address, key[-4:], ports, offset, stamps, stamp, way.uplink,
             offer.scale or 0, upstream.own_scale, upstream.scale, upstream.scale if scaled else 0,
-            0, 0, 0, 0, 0, 0, lan, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+            0, 0, 0, 0, 0, 0, lan, 0, *_NOTHING_YET,
         )  # fmt: skip
         what = _Place(
             client + destination + key[-4:], way.address + local + ports[2:] + ports[:2],
@@ -298,7 +299,7 @@ class KernelOffload:
         """See ztun.ports.Offload.read."""
         (
             _, _, reset_up, reset_down, closed, _, _, _,
-            packets_up, up, last_up, nxt, _, packets_down, down, last_down, acknowledged, _,
+            packets_up, up, last_up, acknowledged, end_up, _, packets_down, down, last_down, expected, end_down, _,
         ) = _GROWING.unpack_from(self._memory, place * SPLICE_SIZE + _GROWING_AT)  # fmt: skip
         return Progress(
             up,
@@ -308,8 +309,10 @@ class KernelOffload:
             "client" if reset_up else "proxy" if reset_down else "",
             packets_up + packets_down,
             max(last_up, last_down) / 1e9,
-            nxt,
             acknowledged,
+            end_down if packets_down else acknowledged,
+            expected if packets_down else 0,
+            end_up,
         )
 
     def release(self, places: Sequence[int]) -> None:
@@ -319,11 +322,16 @@ class KernelOffload:
         self._free.extend(places)
 
     def reset(self, place: int) -> None:
-        """See ztun.ports.Offload.reset: a RST with the number that the proxy expects (RFC 9293 section 3.10.7.4)."""
+        """See ztun.ports.Offload.reset: a RST with the number that the proxy expects (RFC 9293 section 3.10.7.4).
+
+        That is what it acknowledged last, or more, if it has got what was sent since.
+        """
         what, progress = self._places[place], self.read(place)
-        if not progress.rcv_nxt:
-            return
-        number, expected = (progress.rcv_nxt + what.offset) & _MASK, progress.nxt
+        if progress.heard:
+            for number in {progress.expected or progress.received, progress.received}:
+                self._send_reset(what, (number + what.offset) & _MASK, progress.nxt)
+
+    def _send_reset(self, what: _Place, number: int, expected: int) -> None:
         local, proxy = tables.narrow(what.local), tables.narrow(what.proxy)
         segment = what.ports + struct.pack("!IIHHHH", number, expected, 0x5000 | tcp.RST | tcp.ACK, 0, 0, 0)
         total = checksum.ones_sum(segment, checksum.pseudo_sum(local + proxy, ip.TCP, len(segment)))
