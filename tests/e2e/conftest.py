@@ -46,11 +46,15 @@ BASE: dict[str, Any] = {"route": {"rules": RULES}, "outbounds": OUTBOUNDS, "time
 
 
 BACKENDS = ("tcx", "clsact", "routes")
+# The last is tcx with connections that the kernel carries (test_offload.py). For tests of what both ends see.
+EVERY_WAY = pytest.mark.parametrize("backend", [*BACKENDS, "offload"], indirect=True)
 
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
+    """Its gateways carry all connections themselves unless a test says otherwise: that is to be seen at work."""
     with Lab() as made:
+        made.offload = False
         yield made
 
 
@@ -58,9 +62,10 @@ def lab() -> Iterator[Lab]:
 def backend(lab: Lab, request: pytest.FixtureRequest) -> Iterator[str]:
     """Once for each way of capturing: gateways that are started meanwhile, and say nothing else, capture by it."""
     lab.stop()
-    lab.backend = request.param
+    lab.offload = request.param == "offload"
+    lab.backend = "tcx" if lab.offload else request.param
     yield lab.backend
-    lab.backend = "auto"
+    lab.backend, lab.offload = "auto", False
 
 
 @pytest.fixture

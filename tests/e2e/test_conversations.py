@@ -7,11 +7,12 @@ import time
 
 import pytest
 
+from e2e.conftest import EVERY_WAY
 from e2e.traffic import read_all, read_exactly, reset, upload
 from ztun.lab import Lab, Ztun, plan
 from ztun.lab.namespace import wait_until
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = [pytest.mark.usefixtures("backend"), EVERY_WAY]
 
 FAMILIES = pytest.mark.parametrize("address", [plan.SITE4, plan.SITE6], ids=["v4", "v6"])
 

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from e2e.conftest import EVERY_WAY
 from e2e.traffic import read_all, read_exactly, start
 from ztun.lab import Lab, plan
 from ztun.lab.namespace import wait_until
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = [pytest.mark.usefixtures("backend"), EVERY_WAY]
 
 _PORT = 1099
 _BANNER = b"that is all\n"

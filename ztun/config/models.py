@@ -77,7 +77,7 @@ class CaptureSettings(Section):
     backend: Literal["auto", "bpf", "tcx", "clsact", "routes"] = "auto"
     fail: Literal["open", "closed"] = "open"
     xdp: Annotated[bool | str, PlainValidator(values.parse_xdp), patterns.XDP] = True
-    offload: Flag = False
+    offload: Flag = True
 
 
 class FakeIpSettings(Section):

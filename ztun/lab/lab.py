@@ -59,6 +59,7 @@ class Lab:
         self._ztuns: list[Ztun] = []
         self._handlers: dict[int, Any] = {}
         self.backend = "auto"  # capture.backend of runs whose configuration has none
+        self.offload: bool | None = None  # the same of capture.offload; None for the default
 
     def __enter__(self) -> Self:
         _sweep()
@@ -103,7 +104,7 @@ class Lab:
         """
         instance = Ztun(self.gateway, self.directory / f"ztun-{len(self._ztuns)}")
         self._ztuns.append(instance)
-        instance.start(complete(config or {}, instance.directory, self.backend), **options)
+        instance.start(complete(config or {}, instance.directory, self.backend, self.offload), **options)
         return instance
 
     def running(self) -> list[Ztun]:

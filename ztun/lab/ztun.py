@@ -31,10 +31,12 @@ PROXIES: list[dict[str, str]] = [
 """The outbounds of every run in the lab; "socks-udp" can do UDP ASSOCIATE and is the fast one."""
 
 
-def complete(config: dict[str, Any], directory: Path, backend: str = "auto") -> dict[str, Any]:
+def complete(
+    config: dict[str, Any], directory: Path, backend: str = "auto", offload: bool | None = None
+) -> dict[str, Any]:
     """`config` laid over what every run in the lab needs: interfaces, resolver, proxies, and files that are its own."""
-    base = {
-        "capture": {"lan": ["lan0"], "backend": backend},
+    base: dict[str, Any] = {
+        "capture": {"lan": ["lan0"], "backend": backend} | ({} if offload is None else {"offload": offload}),
         "dns": {
             "listen": [f"{plan.GATEWAY_LAN4}:53", f"[{plan.GATEWAY_LAN6}]:53"],
             "servers": [f"udp://{plan.UPSTREAM4}:53"],

@@ -101,7 +101,7 @@ class BpfClassifier:
                 return KernelOffload(objects.programs, objects.maps, self._shared, self._make_hook, self._capture.mark)
             except OSError as error:
                 reason = error.strerror
-        log.warning("the kernel carries no connections, ztun does", reason=reason)
+        log.info("the kernel carries no connections, ztun does", reason=reason)
         return None
 
     def replace_rules(self, prefixes: Iterable[Prefix]) -> None:
