@@ -458,7 +458,12 @@ class Progress(NamedTuple):
 
 
 class Offload(Protocol):
-    """Has the kernel carry connections whose bytes need nobody to look at them: client and proxy talk to each other."""
+    """Has the kernel carry connections whose bytes need nobody to look at them: client and proxy talk to each other.
+
+    descriptors: to be watched as long as it is not closed, for `too_big`.
+    """
+
+    descriptors: Sequence[int]
 
     def take(self, sock: socket, offer: Offer, stamp: int) -> tuple[int, Terms] | None:
         """Make one connection of a client's and of `sock`, which the outbound has just connected.
@@ -483,6 +488,11 @@ class Offload(Protocol):
 
     def reset(self, place: int) -> None:
         """Tell the proxy that the connection is no more."""
+        ...
+
+    def too_big(self, descriptor: int) -> list[tuple[int, int, int]]:
+        """What a descriptor that is readable tells: (place, number, mtu), the client's segment with this sequence
+        number is more than the way to the proxy takes, which are `mtu` bytes."""
         ...
 
     def follow(self, ways: Mapping[str, str]) -> None:

@@ -7,6 +7,8 @@ import hashlib
 import os
 import signal
 import socket
+import struct
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +21,7 @@ from e2e.traffic import download, read_all, read_exactly, reset, start, upload
 from ztun.lab import Lab, Namespace, Ztun, plan
 from ztun.lab.namespace import wait_until
 from ztun.platform.linux import bpfcall
+from ztun.wire import checksum
 
 # Over IPv6 by a proxy that is reached over IPv6; the rest as everywhere.
 OUTBOUNDS6 = [{"tag": "six", "type": "socks5", "server": f"[{plan.UPSTREAM6}]:{plan.SOCKS_PORT}"}]
@@ -241,6 +244,75 @@ def test_every_byte_arrives_over_bad_links(lab: Lab, instance: Ztun) -> None:
         with lab.client.connect(plan.SITE4, plan.DIGEST_PORT, timeout=60) as sock:
             answered, expected = upload(sock, 4)
             assert answered == expected
+
+
+@contextlib.contextmanager
+def narrow(lab: Lab, mtu: int) -> Iterator[list[int]]:
+    """As if the way to the proxy led over a link that takes `mtu` bytes: more is lost, and the sender is told so.
+
+    Gives a list of the lengths that were too much.
+    """
+    rules = "".join(
+        f"add rule inet narrow in {match} tcp flags & (syn|rst) == 0 meta length > {mtu} drop;"
+        for match in (f"ip daddr {plan.UPSTREAM4}", f"ip6 daddr {plan.UPSTREAM6}")
+    )
+    chain = "add chain inet narrow in { type filter hook prerouting priority -300; };"
+    lab.upstream.run("nft", f"add table inet narrow; {chain} {rules}")
+    lab.client.run("ethtool", "-K", "eth0", "tso", "off", "gso", "off")  # a link has no super-segments
+    lengths: list[int] = []
+    stop = threading.Event()
+    with lab.upstream.entered():
+        heard = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))
+        four = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+        six = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+    heard.settimeout(0.1)
+
+    def tell() -> None:
+        while not stop.is_set():
+            try:
+                packet = heard.recv(65536)
+            except TimeoutError:
+                continue
+            if len(packet) <= mtu or packet[9 if packet[0] >> 4 == 4 else 6] != socket.IPPROTO_TCP:
+                continue
+            if packet[0] >> 4 == 4 and packet[16:20] == socket.inet_aton(plan.UPSTREAM4):
+                lengths.append(len(packet))
+                message = struct.pack("!BBHHH", 3, 4, 0, 0, mtu) + packet[:28]
+                check = checksum.finish(checksum.ones_sum(message)).to_bytes(2, "big")
+                four.sendto(message[:2] + check + message[4:], (socket.inet_ntoa(packet[12:16]), 0))
+            elif packet[0] >> 4 == 6 and packet[24:40] == socket.inet_pton(socket.AF_INET6, plan.UPSTREAM6):
+                lengths.append(len(packet))
+                message = struct.pack("!BBHI", 2, 0, 0, mtu) + packet[:1000]  # the kernel does its checksum
+                six.sendto(message, (socket.inet_ntop(socket.AF_INET6, packet[8:24]), 0))
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    try:
+        yield lengths
+    finally:
+        stop.set()
+        thread.join()
+        for sock in (heard, four, six):
+            sock.close()
+        lab.upstream.run("nft", "delete table inet narrow")
+        lab.client.run("ethtool", "-K", "eth0", "tso", "on", "gso", "on")
+
+
+@SITES
+def test_a_client_hears_what_the_way_to_the_proxy_takes(lab: Lab, instance: Ztun, address: str) -> None:
+    """The kernel's TCP that holds the port would not care: the segment is none of its own."""
+    body = os.urandom(300_000)
+    with (
+        carrying(instance),
+        lab.client.connect(address, plan.HTTP_PORT, timeout=20) as sock,
+        narrow(lab, 1300) as lengths,
+    ):
+        head = f"POST /void HTTP/1.1\r\nHost: site\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        sock.sendall(head.encode() + body)
+        assert read_all(sock).startswith(b"HTTP/1.1 ")
+    assert lengths, "nothing was too long"
+    for version in ("-4", "-6"):
+        lab.client.run("ip", version, "route", "flush", "cache")
 
 
 def test_a_syn_ack_that_is_lost_is_sent_again(lab: Lab, instance: Ztun) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
+import packets
 import pytest
 from conversation import Client
 from packets import ACK, FIN, RST, SYN
@@ -151,6 +153,21 @@ def test_an_abort_in_the_middle_fits_whatever_has_arrived(client: Client) -> Non
     client.conn.abort(client.net.now)
     client.net.collect()
     assert {client.hears(RST | ACK, ack=501).seq - client.net.iss for _ in range(2)} == {7001, 9001}
+
+
+@pytest.mark.parametrize("mtu", [1300, 9000])
+def test_a_client_is_told_what_the_way_behind_us_takes(client: Client, mtu: int) -> None:
+    """RFC 1191 section 4, RFC 4443 section 3.2: it goes by what is quoted, and that the number is one of its own."""
+    client.says(SYN, **LINUX)
+    client.net.hands_over()
+    client.hears(SYN | ACK)
+    client.net.stack.send_too_big(client.conn.key, client.isn + 2801, mtu, client.net.now)
+    client.net.collect()
+    kind, code, rest = packets.read_icmp(client.net.sent.popleft())
+    assert (kind, code) == ((3, 4) if client.family == 4 else (2, 0))
+    assert int.from_bytes(rest[:4], "big") == mtu
+    quoted = rest[4 + 20 :] if client.family == 4 else rest[4 + 40 :]
+    assert struct.unpack("!HHI", quoted) == (client.port, client.server_port, client.isn + 2801)
 
 
 def test_a_client_that_gave_up_is_not_answered(client: Client) -> None:

@@ -103,6 +103,8 @@ class Gateway:
     def start(self) -> None:
         """Begin to serve packets."""
         self.engine.start()
+        if self.carrier is not None:
+            self.carrier.start()
         self._keep_alive()
 
     async def drain(self, seconds: float) -> None:

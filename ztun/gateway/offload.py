@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import socket
 from collections.abc import Callable
@@ -123,6 +124,10 @@ class KernelRelay:
             self._conn.repeat_answer()
         return self._conn.is_closed
 
+    def too_big(self, number: int, mtu: int, now: float) -> None:
+        """The client's segment `number` does not fit into the way to the proxy, which takes `mtu` bytes."""
+        self._carrier.engine.stack.send_too_big(self._conn.key, number, mtu, now)
+
     def cut(self, now: float, how: Closed) -> None:
         """Reset both ends."""
         self.refresh()
@@ -149,6 +154,10 @@ class Carrier:
         self._timer: asyncio.TimerHandle | None = None
         self._looks = 0
         engine.stack.settle = self.settle
+
+    def start(self) -> None:
+        for descriptor in self.offload.descriptors:
+            self.engine.poller.watch_level(descriptor, functools.partial(self._read_errors, descriptor))
 
     def __len__(self) -> int:
         return len(self._relays)
@@ -203,6 +212,8 @@ class Carrier:
 
     def stop(self) -> None:
         """Reset all of them."""
+        for descriptor in self.offload.descriptors:
+            self.engine.poller.unwatch(descriptor)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -228,6 +239,15 @@ class Carrier:
             self._reset[relay.place] = relay
             return None
         return Closed.RESET_BY_CLIENT if progress.reset == "client" else Closed.ABORTED
+
+    def _read_errors(self, descriptor: int, mask: int) -> None:
+        """Pass on to the client what a router says of its segments."""
+        now = self.engine.now()
+        for place, number, mtu in self.offload.too_big(descriptor):
+            relay = self._relays.get(place)
+            if relay is not None:
+                relay.too_big(number, mtu, now)
+        self.engine.send()
 
     def _look(self) -> None:
         self._timer = None

@@ -124,6 +124,14 @@ class Icmp:
         """Answer a packet (from its IP header on) with Destination Unreachable, within the rate limits."""
         self._send_error(invoking, lambda back, to, quote: icmp.unreachable(back, to, reason, quote), now)
 
+    def send_too_big(self, key: bytes, number: int, mtu: int, now: float) -> None:
+        """Tell a client that its segment `number` was more than the path takes, within the rate limits. key: see
+        FlowKey; mtu: bytes."""
+        half = (len(key) - 4) // 2
+        segment = key[-4:] + number.to_bytes(4, "big")
+        invoking = ip.header(key[:half], key[half:-4], ip.TCP, len(segment)) + segment
+        self._send_error(invoking, lambda back, to, quote: icmp.too_big(back, to, mtu, quote), now)
+
     def send_protocol_unknown(self, invoking: memoryview, pointer: int, now: float) -> None:
         """Answer a packet of a protocol that nobody here speaks (RFC 1122 section 3.2.2.1, RFC 8200 section 4).
         pointer: offset of the field that says the protocol."""

@@ -340,6 +340,11 @@ class Stack:
         """Answer a packet (from its IP header on) with Destination Unreachable, within the rate limit."""
         self._icmp.send_unreachable(invoking, reason, now)
 
+    def send_too_big(self, key: bytes, number: int, mtu: int, now: float) -> None:
+        """Tell a client that its segment `number` was more than the path takes, within the rate limits. key: see
+        FlowKey; mtu: bytes."""
+        self._icmp.send_too_big(key, number, mtu, now)
+
     # Time.
 
     def flush(self, now: float) -> None:

@@ -58,6 +58,14 @@ def protocol_unreachable(source: bytes, destination: bytes, invoking: bytes | me
     return _error(source, destination, UNREACHABLE, _PROTOCOL, 0, invoking[:_QUOTE4])
 
 
+def too_big(source: bytes, destination: bytes, mtu: int, invoking: bytes | memoryview) -> bytes:
+    """An IP packet with Packet Too Big, or over IPv4 Fragmentation Needed: no more than `mtu` bytes get through
+    (RFC 4443 section 3.2, RFC 1191 section 4)."""
+    if len(source) == 4:
+        return _error(source, destination, UNREACHABLE, FRAGMENTATION_NEEDED, mtu, invoking[:_QUOTE4])
+    return _error(source, destination, TOO_BIG6, 0, mtu, invoking[:_QUOTE6])
+
+
 def parameter_problem(
     source: bytes, destination: bytes, code: int, pointer: int, invoking: bytes | memoryview
 ) -> bytes:

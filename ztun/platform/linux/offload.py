@@ -26,6 +26,7 @@ from ztun.platform.linux.host import MakeHook
 from ztun.platform.linux.layout import CLIENT, FLOW, U32, Shared
 from ztun.platform.linux.maps import Map
 from ztun.platform.linux.netlink import NetlinkError, explain
+from ztun.platform.linux.path_errors import PathErrors
 from ztun.ports import Progress
 from ztun.wire import checksum, ip, tcp
 from ztun.wire.handshake import Offer, Terms
@@ -144,6 +145,7 @@ class KernelOffload:
         self._free: list[int] = []
         self._used = 0
         self._places: dict[int, _Place] = {}
+        self._by_flow: dict[bytes, int] = {}  # key of a proxy's packets -> place
         self._interfaces: dict[str, str] = {}  # address of a proxy -> name of the interface, as we were told
         self._ways: dict[str, _Way | None] = {}
         self._looked_up = 0  # addresses that nobody told of
@@ -152,6 +154,8 @@ class KernelOffload:
         self._mark = mark
         self._hooks: dict[str, tuple[int, Hook]] = {}  # interface -> its index and what is attached there
         self._raw = {family: _raw_socket(family, mark) for family in (socket.AF_INET, socket.AF_INET6)}
+        self._errors = PathErrors()
+        self.descriptors = self._errors.descriptors
         self.refused = 0  # connections that did not fit together
         Map(maps["jumps"], *MAPS["jumps"][:2]).update(_FIRST, U32.pack(programs["carry_up"]))
 
@@ -286,6 +290,7 @@ class KernelOffload:
             return None
         self._used = max(self._used, place + 1)
         self._places[place] = what
+        self._by_flow[what.down] = place
         return place, terms
 
     def ended(self) -> list[int]:
@@ -319,7 +324,22 @@ class KernelOffload:
         """See ztun.ports.Offload.release."""
         gone = [self._places.pop(place) for place in places]
         self._carried.delete_many(key for what in gone for key in (what.up, what.down))
+        for what in gone:
+            del self._by_flow[what.down]
         self._free.extend(places)
+
+    def too_big(self, descriptor: int) -> list[tuple[int, int, int]]:
+        """See ztun.ports.Offload.too_big. Only a segment that is on its way can have been too big (RFC 5927, 4.1)."""
+        found = []
+        for error in self._errors.read(descriptor):
+            place = self._by_flow.get(error.flow)
+            if place is None:
+                continue
+            progress = self.read(place)
+            number = (error.number - self._places[place].offset) & _MASK
+            if (number - progress.expected) & _MASK < (progress.received - progress.expected) & _MASK:
+                found.append((place, number, error.mtu))
+        return found
 
     def reset(self, place: int) -> None:
         """See ztun.ports.Offload.reset: a RST with the number that the proxy expects (RFC 9293 section 3.10.7.4).
@@ -375,6 +395,7 @@ class KernelOffload:
             self._let_go(ifname)
         for raw in self._raw.values():
             raw.close()
+        self._errors.close()
         if not self._memory.closed:
             self._memory.close()
 
