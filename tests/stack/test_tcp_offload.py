@@ -111,7 +111,7 @@ def test_another_syn_begins_anew_what_turns_out_to_be_over(client: Client) -> No
     app = client.net.hands_over()
     client.hears(SYN | ACK)
     first, stack = client.conn, client.net.stack
-    stack.settle = lambda: first.conclude(Closed.FINISHED, client.net.now)
+    stack.settle = lambda conn: first.conclude(Closed.FINISHED, client.net.now)
     client.says(SYN, seq=5000, **LINUX)
     assert app.how is Closed.FINISHED
     assert client.conn is not first

@@ -12,10 +12,11 @@ from typing import Final
 from ztun.gateway.engine import Engine
 from ztun.ports import ENDED, Offload, Progress
 from ztun.stack import Closed, Connection
+from ztun.stack.header import FlowKey
 
 _INTERVAL: Final = 0.1  # seconds between looks at what has ended
 _UNHEARD: Final = 5  # every so many looks, at clients that did not answer yet
-_IDLE: Final = 50  # and at how long nothing went either way
+_LONGEST: Final = 30.0  # seconds between looks at how long nothing went either way
 # Seconds after our SYN-ACK at which it is repeated (RFC 6298: 1, then twice as many), and at which it is given up.
 _REPEATS: Final = (1.0, 3.0, 7.0, 15.0, 31.0)
 _GIVEN_UP: Final = 63.0
@@ -135,6 +136,11 @@ class KernelRelay:
         self._carrier.forget(self)  # or the client's answer would go to the proxy
         self._conn.abort(now, how)
 
+    @property
+    def key(self) -> bytes:
+        """See ztun.stack.header.FlowKey."""
+        return self._conn.key
+
     def conclude(self, how: Closed, now: float) -> None:
         """Both ends know that it is over."""
         self._conn.conclude(how, now)
@@ -148,12 +154,13 @@ class Carrier:
         self.offload = offload
         self.total = 0
         self._tcp_idle = tcp_idle
+        self._idle_looks = max(round(min(tcp_idle / 4, _LONGEST) / _INTERVAL), 1)
         self._relays: dict[int, KernelRelay] = {}
         self._unheard: dict[int, KernelRelay] = {}
         self._reset: dict[int, KernelRelay] = {}  # one end reset them, as it seems
         self._timer: asyncio.TimerHandle | None = None
         self._looks = 0
-        engine.stack.settle = self.settle
+        engine.stack.settle = self._settle_one
 
     def start(self) -> None:
         for descriptor in self.offload.descriptors:
@@ -188,7 +195,6 @@ class Carrier:
 
     def settle(self) -> None:
         """Conclude those that are over."""
-        now = self.engine.now()
         over: list[tuple[KernelRelay, Closed]] = []
         read, relays = self.offload.read, self._relays
         doubtful, self._reset = self._reset, {}
@@ -199,16 +205,28 @@ class Carrier:
             progress = read(place)
             how = self._how(relay, progress)
             if how is not None:
-                relay.released = True
                 relay.take_note(progress)
                 over.append((relay, how))
-        if not over:
-            return
+        if over:
+            self._conclude(over)
+
+    def _conclude(self, over: list[tuple[KernelRelay, Closed]]) -> None:
+        """The kernel first: an end that is known here may be followed by another beginning."""
+        now = self.engine.now()
         self.offload.release([relay.place for relay, _ in over])
         for relay, _ in over:
+            relay.released = True
             self._strike(relay)
         for relay, how in over:
             relay.conclude(how, now)
+
+    def _settle_one(self, conn: FlowKey) -> None:
+        """Somebody begins anew where this one is. With that, a reset is believed at once."""
+        self.settle()
+        for relay in self._reset.values():
+            if relay.key == conn.key:
+                self._conclude([(relay, self._how_reset(relay))])
+                return
 
     def stop(self) -> None:
         """Reset all of them."""
@@ -238,7 +256,11 @@ class Carrier:
             relay.packets = progress.packets
             self._reset[relay.place] = relay
             return None
-        return Closed.RESET_BY_CLIENT if progress.reset == "client" else Closed.ABORTED
+        return self._how_reset(relay)
+
+    def _how_reset(self, relay: KernelRelay) -> Closed:
+        by_client = self.offload.read(relay.place).reset == "client"
+        return Closed.RESET_BY_CLIENT if by_client else Closed.ABORTED
 
     def _read_errors(self, descriptor: int, mask: int) -> None:
         """Pass on to the client what a router says of its segments."""
@@ -253,14 +275,16 @@ class Carrier:
         self._timer = None
         self._looks += 1
         now = self.engine.now()
-        self.settle()
-        if self._looks % _UNHEARD == 0:
-            self._look_at_unheard(now)
-        if self._looks % _IDLE == 0:
-            self._look_at_idle(now)
-        self.engine.send()
-        if self._relays and self._timer is None:
-            self._timer = self.engine.loop.call_later(_INTERVAL, self._look)
+        try:
+            self.settle()
+            if self._looks % _UNHEARD == 0:
+                self._look_at_unheard(now)
+            if self._looks % self._idle_looks == 0:
+                self._look_at_idle(now)
+            self.engine.send()
+        finally:
+            if self._relays and self._timer is None:
+                self._timer = self.engine.loop.call_later(_INTERVAL, self._look)
 
     def _look_at_unheard(self, now: float) -> None:
         for place, relay in list(self._unheard.items()):

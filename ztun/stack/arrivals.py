@@ -230,7 +230,7 @@ class Arrivals(Segments):
             self.repeat_answer()
         elif bits & SYN:
             if self.stack.settle is not None:
-                self.stack.settle()
+                self.stack.settle(self)
             if not self.is_closed:
                 self._challenge(now)
         else:

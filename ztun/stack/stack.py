@@ -67,7 +67,7 @@ class Stack:
         self.memory = Memory(settings.max_memory)
         self.admission = Admission(settings, self.memory)
         self.opened = 0
-        self.settle: Callable[[], None] | None = None  # conclude the offloaded connections that are over
+        self.settle: Callable[[Arrivals], None] | None = None  # conclude an offloaded connection if it is over
         self.keepalive = {"probes": 0, "given_up": 0}  # asked of silent clients, and clients that did not answer
         self.drops: dict[str, int] = {}
         self.received: dict[str, int] = {"tcp": 0, "udp": 0, "icmp": 0}

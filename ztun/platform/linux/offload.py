@@ -15,6 +15,7 @@ import mmap
 import socket
 import struct
 import termios
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -71,6 +72,7 @@ _ATTACH_FILTER: Final = 26  # asm-generic/socket.h
 _MASK: Final = 0xFFFFFFFF
 _MOST_LOOKUPS: Final = 16  # between two changes of the network
 _MOST_LANS: Final = 4096
+_RESTING: Final = 512  # places that are free and are not taken, as long as there are others
 _KEY4: Final = 12  # bytes of the key of an IPv4 flow
 _MAPPED: Final = bytes(10) + b"\xff\xff"
 _ZERO: Final = bytes(4)
@@ -142,7 +144,7 @@ class KernelOffload:
         self._is_ethernet: dict[int, bool] = {}  # by the index of an interface
         self._most = shared.constants["MAX_SPLICES"]
         self._memory = mmap.mmap(maps["splices"], self._most * SPLICE_SIZE)
-        self._free: list[int] = []
+        self._free: deque[int] = deque()  # in the order in which they became so
         self._used = 0
         self._places: dict[int, _Place] = {}
         self._by_flow: dict[bytes, int] = {}  # key of a proxy's packets -> place
@@ -271,7 +273,8 @@ class KernelOffload:
         offset = (upstream.number - offer.number) & _MASK
         stamps = (upstream.stamp - offer.stamp) & _MASK if upstream.stamp is not None and offer.stamp is not None else 0
         scaled = offer.scale is not None
-        place = self._free.pop() if self._free else self._used
+        # A program that runs on another CPU may still look at a place that was left a moment ago.
+        place = self._free.popleft() if len(self._free) > _RESTING or self._used == self._most else self._used
         _SPLICE.pack_into(
             self._memory, place * SPLICE_SIZE,
             client, destination, local, way.address, key[-4:], ports, offset, stamps, stamp, way.uplink,
@@ -284,8 +287,8 @@ class KernelOffload:
         )  # fmt: skip
         if not self._pairs.write(what.up, place << 1, what.down, place << 1 | 1) or not _is_at_rest(sock, upstream):
             self._carried.delete_many((what.up, what.down))
-            self._free.append(place)
             self._used = max(self._used, place + 1)
+            self._free.append(place)
             _thaw(sock)
             return None
         self._used = max(self._used, place + 1)
