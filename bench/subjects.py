@@ -25,19 +25,20 @@ Subject = Callable[[Lab, str], AbstractContextManager[int | None]]
 """(lab, proxy name) -> a context in which it carries traffic; gives the process to account CPU time to, if any."""
 
 
-def ztun(source: Path | None = None) -> Subject:
-    """source: where its code is, instead of where Python finds it first."""
+def ztun(source: Path | None = None, *, offload: bool = True) -> Subject:
+    """source: where its code is, instead of where Python finds it first; offload: capture.offload."""
     env = {**os.environ, "PYTHONPATH": str(source)} if source is not None else None
 
     def carry(lab: Lab, proxy: str) -> AbstractContextManager[int | None]:
-        return _carry(lab, proxy, env)
+        return _carry(lab, proxy, env, offload)
 
     return carry
 
 
 @contextlib.contextmanager
-def _carry(lab: Lab, proxy: str, env: dict[str, str] | None) -> Iterator[int | None]:
+def _carry(lab: Lab, proxy: str, env: dict[str, str] | None, offload: bool) -> Iterator[int | None]:
     config = {
+        "capture": {"offload": offload},
         "outbounds": [{"tag": "bench", "type": "socks5", "server": f"{plan.UPSTREAM4}:{PROXIES[proxy]}"}],
         "route": {"rules": [{"ip_cidr": [plan.SITE4, plan.SITE6], "outbound": "bench"}]},
     }
@@ -111,6 +112,11 @@ PEERS: dict[str, Subject] = {
     "sing-tun system": peer("system"),
     "sing-tun mixed": peer("mixed"),
 }
-OURS: dict[str, Subject] = {"ztun": ztun(), "ztun interpreted": ztun(_ROOT)}
+OURS: dict[str, Subject] = {
+    "ztun": ztun(),
+    "ztun alone": ztun(offload=False),
+    "ztun interpreted": ztun(_ROOT, offload=False),
+}
+"""As it is; carrying every byte itself; and that by the code as it is written, not compiled."""
 BASE_LINES: dict[str, Subject] = {"plain forwarding": plain}
 SUBJECTS: dict[str, Subject] = {**OURS, **PEERS, **BASE_LINES}
