@@ -39,14 +39,17 @@ static __always_inline __be16 rescale(__be16 window, __u8 from, __u8 to)
 
 static __always_inline __be32 move_value(struct splice *splice, bool up, __be32 value)
 {
-	if (up)
-		return bpf_htonl(bpf_ntohl(value) + splice->stamps);
+	if (up) {
+		splice->up.stamp = bpf_ntohl(value) + splice->stamps;
+		return bpf_htonl(splice->up.stamp);
+	}
 	/* The first timestamp of the proxy goes on where that of our SYN-ACK was. */
 	if (!splice->echoes) {
 		splice->back = splice->base - bpf_ntohl(value);
 		splice->echoes = 1;
 	}
-	return bpf_htonl(bpf_ntohl(value) + splice->back);
+	splice->down.stamp = bpf_ntohl(value) + splice->back;
+	return bpf_htonl(splice->down.stamp);
 }
 
 /* 0, which echoes nothing, before the proxy has sent anything that could be. */

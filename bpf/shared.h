@@ -192,7 +192,7 @@ struct way {
 	__u32 ack;   /* the newest; for `down` in the client's numbers */
 	__u32 end;   /* the number behind what was sent so far */
 	__u32 fin;   /* what acknowledges the FIN */
-	__u32 unused;
+	__u32 stamp; /* the last timestamp, as its receiver got it */
 };
 
 /*

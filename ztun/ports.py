@@ -490,6 +490,14 @@ class Offload(Protocol):
         """Tell the proxy that the connection is no more."""
         ...
 
+    def finish(self, place: int) -> tuple[int, int] | None:
+        """Tell the proxy that the client will say no more; the client is to be told the same of the proxy.
+
+        Both will close then, and this may be said again until they have. Only where nothing is on its way. Returns the
+        timestamps of the segment for the client (value, echo), None where there are none.
+        """
+        ...
+
     def too_big(self, descriptor: int) -> list[tuple[int, int, int]]:
         """What a descriptor that is readable tells: (place, number, mtu), the client's segment with this sequence
         number is more than the way to the proxy takes, which are `mtu` bytes."""

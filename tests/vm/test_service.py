@@ -9,8 +9,8 @@ from vm.traffic import ITSELF, PROXY, dig, page, seen
 from ztun.lab import plan
 
 _TCX_SINCE = (6, 6)
-# linux/capability.h: NET_BIND_SERVICE, NET_ADMIN, PERFMON, BPF.
-_ALLOWED = 1 << 10 | 1 << 12 | 1 << 38 | 1 << 39
+# linux/capability.h: NET_BIND_SERVICE, NET_ADMIN, NET_RAW, PERFMON, BPF.
+_ALLOWED = 1 << 10 | 1 << 12 | 1 << 13 | 1 << 38 | 1 << 39
 
 
 def is_up(gateway: Guest) -> bool:

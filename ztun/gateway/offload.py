@@ -20,14 +20,15 @@ _LONGEST: Final = 30.0  # seconds between looks at how long nothing went either 
 # Seconds after our SYN-ACK at which it is repeated (RFC 6298: 1, then twice as many), and at which it is given up.
 _REPEATS: Final = (1.0, 3.0, 7.0, 15.0, 31.0)
 _GIVEN_UP: Final = 63.0
+_FIN_AGAIN: Final = 0.5  # seconds after which a FIN that was lost is said again
 
 
 class KernelRelay:
     """What TcpRelay is, for a flow that the kernel carries. A stack Handler, which is told of the end only."""
 
     __slots__ = (
-        "_carrier", "_conn", "_fd", "_on_closed", "_sock", "_started", "how", "packets", "pending", "place",
-        "released", "repeated",
+        "_carrier", "_conn", "_fd", "_finished", "_on_closed", "_sock", "_started", "how", "packets", "pending",
+        "place", "released", "repeated",
     )  # fmt: skip
 
     def __init__(
@@ -51,6 +52,7 @@ class KernelRelay:
         self.released = False
         self.packets = -1  # counted when it was found reset
         self.repeated = 0  # how often the SYN-ACK was
+        self._finished = -_GIVEN_UP
         carrier.engine.poller.hand_over(self._fd, self.ready)
 
     # A stack Handler.
@@ -84,13 +86,19 @@ class KernelRelay:
             self._carrier.engine.send()
 
     def is_idle(self, before: float) -> bool:
-        """Nothing went either way since then."""
-        self.refresh()
-        return self._conn.last_data <= before
+        """Nothing went either way since then, and nothing is on its way."""
+        progress = self._carrier.offload.read(self.place)
+        self.take_note(progress)
+        arrived = progress.acknowledged == progress.nxt and progress.expected == progress.received
+        return self._conn.last_data <= before and progress.heard and arrived
 
     def finish(self, now: float) -> None:
-        """End it. Only with a reset: nobody here keeps what a FIN would have to be sent again with."""
-        self.cut(now, Closed.ABORTED)
+        """Say to both ends that no more will come. To be called until it is closed; it is not said all the time."""
+        if now - self._finished < _FIN_AGAIN:
+            return
+        self._finished = now
+        stamps = self._carrier.offload.finish(self.place)
+        self._conn.say_fin(stamps)
 
     def keep_alive(self, interval: int) -> None:
         """That is for the two ends to do."""

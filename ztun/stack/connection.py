@@ -6,7 +6,7 @@ client learns the truth about the far end (the SYN is answered only then).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ztun.stack.arrivals import Arrivals
 from ztun.stack.handler import Handler
@@ -31,10 +31,12 @@ from ztun.wire import tcp
 from ztun.wire.handshake import Offer, Terms
 from ztun.wire.icmp import Reason
 from ztun.wire.sequence import MASK, unwrap
-from ztun.wire.tcp import ACK, SYN
+from ztun.wire.tcp import ACK, FIN, SYN
 
 if TYPE_CHECKING:
     from ztun.stack.stack import Stack
+
+_FIN_WINDOW: Final = 512  # of a segment that asks for nothing
 
 
 class Connection(Arrivals):
@@ -176,6 +178,12 @@ class Connection(Arrivals):
         """The client has not been heard since `hand_over`: it may not have got our SYN-ACK."""
         if self.state is OFFLOADED:
             self.stack.outbox.append((self.syn,))
+
+    def say_fin(self, stamps: tuple[int, int] | None) -> None:
+        """Tell the client that nothing more will come, in the name of who carries. stamps: value and echo."""
+        if self.state is OFFLOADED:
+            options = b"" if stamps is None else tcp.TIMESTAMPS.pack(tcp.TIMESTAMP_LEAD, *stamps)
+            self.stack.outbox.append((self.header.pack(self.tx.nxt, self.rx.nxt, FIN | ACK, _FIN_WINDOW, options, 0),))
 
     def catch_up(self, sent: int, received: int, una: int, nxt: int, rcv_nxt: int, last_data: float) -> None:
         """Tell what was carried so far. sent, received: bytes of payload; una: what the client has acknowledged; nxt,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -100,7 +101,8 @@ class BpfClassifier:
             try:
                 return KernelOffload(objects.programs, objects.maps, self._shared, self._make_hook, self._capture.mark)
             except OSError as error:
-                reason = error.strerror
+                hint = "; raw sockets take CAP_NET_RAW" if error.errno == errno.EPERM else ""
+                reason = f"{error.strerror}{hint}"
         log.info("the kernel carries no connections, ztun does", reason=reason)
         return None
 

@@ -15,6 +15,7 @@ import mmap
 import socket
 import struct
 import termios
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -36,12 +37,16 @@ log = structlog.get_logger("ztun.classifier")
 
 # struct splice of bpf/shared.h: what is written once, and what the programs write.
 _FIXED = "16s16s16s16s4s4sIIIIBBBB"
-_GROWING_PART = "2B2BBBxxIIxxxxQQQIIIxxxxQQQIIIxxxx"
+_GROWING_PART = "2B2BBBxxIIxxxxQQQIIIIQQQIIII"
 _GROWING = struct.Struct(f"={_GROWING_PART}")
 _SPLICE = struct.Struct(f"={_FIXED}{_GROWING_PART}")
 SPLICE_SIZE = _SPLICE.size
 _GROWING_AT: Final = _SPLICE.size - _GROWING.size
-_UPLINK: Final = 64 + 8 + 3 * 4  # its offset in struct splice
+_STAMPS, _BACK = struct.Struct("=I"), struct.Struct("=I")
+# Offsets in struct splice.
+_STAMPS_AT: Final = 64 + 8 + 4
+_UPLINK: Final = 64 + 8 + 3 * 4
+_BACK_AT: Final = _GROWING_AT + 12
 
 PROGRAMS = ("carry_up", "carry_down")
 # Map name -> (key size, value size in bytes, kind as `bpftool map` names it).
@@ -74,9 +79,10 @@ _MOST_LOOKUPS: Final = 16  # between two changes of the network
 _MOST_LANS: Final = 4096
 _RESTING: Final = 512  # places that are free and are not taken, as long as there are others
 _KEY4: Final = 12  # bytes of the key of an IPv4 flow
+_FIN_WINDOW: Final = 512  # of a segment that asks for nothing
 _MAPPED: Final = bytes(10) + b"\xff\xff"
 _ZERO: Final = bytes(4)
-_NOTHING_YET: Final = (0,) * 12
+_NOTHING_YET: Final = (0,) * 14
 _PORTS = struct.Struct("!HH")
 _PAIR = struct.Struct("=II")
 _COUNT = struct.Struct("=I")
@@ -307,7 +313,8 @@ class KernelOffload:
         """See ztun.ports.Offload.read."""
         (
             _, _, reset_up, reset_down, closed, _, _, _,
-            packets_up, up, last_up, acknowledged, end_up, _, packets_down, down, last_down, expected, end_down, _,
+            packets_up, up, last_up, acknowledged, end_up, _, _,
+            packets_down, down, last_down, expected, end_down, _, _,
         ) = _GROWING.unpack_from(self._memory, place * SPLICE_SIZE + _GROWING_AT)  # fmt: skip
         return Progress(
             up,
@@ -354,9 +361,35 @@ class KernelOffload:
             for number in {progress.expected or progress.received, progress.received}:
                 self._send_reset(what, (number + what.offset) & _MASK, progress.nxt)
 
+    def finish(self, place: int) -> tuple[int, int] | None:
+        """See ztun.ports.Offload.finish.
+
+        Each end takes the FIN for one of the other end. What it answers acknowledges more than that one has sent, and
+        is dropped there (RFC 9293 section 3.10.7.4); when that one closes, its own FIN is the same once more.
+        """
+        what, progress = self._places[place], self.read(place)
+        at = place * SPLICE_SIZE
+        *_, up_stamp, _, _, _, _, _, _, down_stamp = _GROWING.unpack_from(self._memory, at + _GROWING_AT)
+        stamps, has_stamps = _STAMPS.unpack_from(self._memory, at + _STAMPS_AT)[0], up_stamp or down_stamp
+        options, client = b"", None
+        if has_stamps:
+            back = _BACK.unpack_from(self._memory, at + _BACK_AT)[0]
+            passed = max(int((time.monotonic() - progress.last) * 1000), 0)
+            value, echo = (up_stamp + passed) & _MASK, (down_stamp - back) & _MASK if down_stamp else 0
+            options = tcp.TIMESTAMPS.pack(tcp.TIMESTAMP_LEAD, value, echo)
+            client = (down_stamp + passed) & _MASK, (up_stamp - stamps) & _MASK
+        number = (progress.received + what.offset) & _MASK
+        self._send(what, number, progress.nxt, tcp.FIN | tcp.ACK, _FIN_WINDOW, options)
+        return client
+
     def _send_reset(self, what: _Place, number: int, expected: int) -> None:
+        self._send(what, number, expected, tcp.RST | tcp.ACK, 0)
+
+    def _send(self, what: _Place, number: int, ack: int, flags: int, window: int, options: bytes = b"") -> None:
+        """Send a segment without payload to a proxy."""
         local, proxy = tables.narrow(what.local), tables.narrow(what.proxy)
-        segment = what.ports + struct.pack("!IIHHHH", number, expected, 0x5000 | tcp.RST | tcp.ACK, 0, 0, 0)
+        bits = (20 + len(options)) << 10 | flags
+        segment = what.ports + struct.pack("!IIHHHH", number, ack, bits, window, 0, 0) + options
         total = checksum.ones_sum(segment, checksum.pseudo_sum(local + proxy, ip.TCP, len(segment)))
         segment = segment[:16] + checksum.finish(total).to_bytes(2, "big") + segment[18:]
         raw = self._raw[socket.AF_INET if len(proxy) == 4 else socket.AF_INET6]
@@ -364,7 +397,7 @@ class KernelOffload:
         try:
             raw.sendto(packet, (tables.show_address(proxy), 0))
         except OSError as error:
-            log.debug("a proxy was not told of a reset", reason=error.strerror)
+            log.debug("a proxy was not told of an end", reason=error.strerror)
 
     # Facts.
 
