@@ -26,6 +26,8 @@ STATUS: dict[str, Any] = {
     "tcp": {
         "active": 3,
         "half_open": 1,
+        "offloaded": 1,
+        "offloaded_total": 3,
         "total": 10,
         "families": {"ipv4": 70, "ipv6": 30},
         "ended": {"finished": 6, "reset by client": 1},

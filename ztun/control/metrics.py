@@ -44,6 +44,8 @@ ROWS = (
     Row("ztun_tcp_flows_active", "gauge", "tcp.active", "TCP flows of clients that are open"),
     Row("ztun_tcp_flows_half_open", "gauge", "tcp.half_open", "TCP flows whose handshake with the client is not over"),
     Row("ztun_tcp_flows", "counter", "tcp.total", "TCP flows that clients began"),
+    Row("ztun_tcp_flows_offloaded_active", "gauge", "tcp.offloaded", "TCP flows that the kernel carries"),
+    Row("ztun_tcp_flows_offloaded", "counter", "tcp.offloaded_total", "TCP flows that were given to the kernel"),
     Row("ztun_tcp_packets", "counter", "tcp.families.{family}", "TCP packets from clients, of up to 64 KiB each"),
     Row(
         "ztun_keepalive_events",
