@@ -136,6 +136,31 @@ def test_a_user_with_four_capabilities_is_enough(lab: Lab, backend: str) -> None
     assert "Traceback" not in instance.output
 
 
+def test_with_a_fifth_the_kernel_carries_connections(lab: Lab) -> None:
+    """It is for raw sockets that stay open: nothing of it is left either."""
+    instance = as_user(lab, (*FULL, "net_raw"), {"capture": {"backend": "tcx"}})
+    instance.wait_ready()
+    assert set(instance.status()["privileges"]["capabilities"]) == KEPT
+    goes_on(lab, instance, "tcx")
+    carried = instance.status()["tcp"]["offloaded_total"]
+    assert carried > 0
+    with lab.client.connect(plan.SITE4, plan.ECHO_PORT) as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+        assert instance.stop() == 0  # both ends are told, by a raw socket and through the TUN
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+    assert "Traceback" not in instance.output
+
+
+def test_without_raw_sockets_ztun_carries_them_and_says_so(lab: Lab) -> None:
+    instance = as_user(lab, FULL, {"capture": {"backend": "tcx"}})
+    instance.wait_ready()
+    assert seen_as(lab) == plan.UPSTREAM4
+    assert instance.status()["tcp"]["offloaded_total"] == 0
+    assert "raw sockets take CAP_NET_RAW" in instance.output
+
+
 def test_without_the_right_to_load_bpf_it_captures_by_routes(lab: Lab) -> None:
     instance = as_user(lab, ("net_admin", "net_bind_service"), {})
     instance.wait_ready()

@@ -24,6 +24,7 @@ DESCRIPTIONS = {
     "capture.host": "Whether what this host's own programs begin is captured as well; no lan is needed for it.",
     "capture.backend": "How packets are captured; auto takes the best that this kernel has.",
     "capture.fail": "What happens to traffic of the proxies while ztun does not answer: open lets it pass.",
+    "capture.offload": "Whether the kernel carries connections once they stand, where it can.",
     "capture.xdp": "Whether XDP drops blocked prefixes, in the form that costs least, or in one form only.",
     "dns": "The DNS service.",
     "dns.listen": "Where it listens, address:port; left out: port 53 of the captured interfaces.",
