@@ -217,6 +217,7 @@ class World:
         fail: str = "open",
         attach: bool = True,
         xdp: bool | str = True,
+        offload: bool = False,
     ) -> Iterator[tuple[TunDevice, BpfClassifier | RoutesClassifier]]:
         """The device up and the classifier attached, all undone at the end."""
         device = open_tun(TUN, 1500)
@@ -225,9 +226,8 @@ class World:
         try:
             routes.up()
             own = [packed(GATEWAY4), packed("fd00:9::1")]
-            classifier = make_classifier(
-                backend, TUN, ["lan0"], mark=MARK, hijack_dns=hijack_dns, fail=fail, own_addresses=own, xdp=xdp
-            )
+            options: dict[str, Any] = {"hijack_dns": hijack_dns, "fail": fail, "xdp": xdp, "offload": offload}
+            classifier = make_classifier(backend, TUN, ["lan0"], mark=MARK, own_addresses=own, **options)
             classifier.replace_rules([*EVERYTHING, *SERVERS_DIRECT, *prefixes])
             if attach:
                 classifier.attach()

@@ -118,8 +118,12 @@ class KernelRelay:
             progress.acknowledged or conn.tx.una,
             progress.nxt or conn.tx.nxt,
             progress.received or conn.rx.nxt,
-            progress.last or self._started,
+            self.since(progress),
         )
+
+    def since(self, progress: Progress) -> float:
+        """When something went either way last."""
+        return progress.last or self._started
 
     def is_heard(self, now: float) -> bool:
         """Whether the client has said anything. Answers it again when it is time to, and gives it up in the end."""
@@ -301,6 +305,9 @@ class Carrier:
 
     def _look_at_idle(self, now: float) -> None:
         before = now - self._tcp_idle
-        for relay in list(self._relays.values()):
-            if relay.is_idle(before):
+        for place, relay in list(self._relays.items()):
+            progress = self.offload.read(place)
+            if progress.over:
+                self._reset[place] = relay  # the kernel had no room to tell
+            elif relay.since(progress) <= before:
                 relay.cut(now, Closed.TIMED_OUT)

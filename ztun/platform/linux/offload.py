@@ -42,11 +42,11 @@ _GROWING = struct.Struct(f"={_GROWING_PART}")
 _SPLICE = struct.Struct(f"={_FIXED}{_GROWING_PART}")
 SPLICE_SIZE = _SPLICE.size
 _GROWING_AT: Final = _SPLICE.size - _GROWING.size
-_STAMPS, _BACK = struct.Struct("=I"), struct.Struct("=I")
-# Offsets in struct splice.
+# Offsets in struct splice: of `stamps` and what follows, of `uplink`, and of `back` in what the programs write.
 _STAMPS_AT: Final = 64 + 8 + 4
-_UPLINK: Final = 64 + 8 + 3 * 4
-_BACK_AT: Final = _GROWING_AT + 12
+_UPLINK: Final = _STAMPS_AT + 2 * 4
+_STAMPS = struct.Struct("=II")  # stamps, base
+_BACK, _UP_STAMP, _DOWN_STAMP = 7, 14, 21  # among the fields of _GROWING
 
 PROGRAMS = ("carry_up", "carry_down")
 # Map name -> (key size, value size in bytes, kind as `bpftool map` names it).
@@ -75,7 +75,8 @@ _DEAF = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0), 8)
 _FILTER = struct.pack("@HP", 1, ctypes.addressof(_DEAF))
 _ATTACH_FILTER: Final = 26  # asm-generic/socket.h
 _MASK: Final = 0xFFFFFFFF
-_MOST_LOOKUPS: Final = 16  # between two changes of the network
+_LOOKUP_INTERVAL: Final = 0.1  # seconds between two questions to the kernel, each of which takes some milliseconds
+_MOST_WAYS: Final = 4096
 _MOST_LANS: Final = 4096
 _RESTING: Final = 512  # places that are free and are not taken, as long as there are others
 _KEY4: Final = 12  # bytes of the key of an IPv4 flow
@@ -88,6 +89,7 @@ _PAIR = struct.Struct("=II")
 _COUNT = struct.Struct("=I")
 _COUNT_AT: Final = 32  # of `count` among the batch attributes of union bpf_attr
 _RST_HOPS: Final = 64
+_STAMP_OPTIONS: Final = 12  # bytes of a header with timestamps
 
 
 class _Way(NamedTuple):
@@ -112,7 +114,8 @@ class _Upstream(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """What belongs to a place: its two keys, the socket, and where a reset would have to go."""
+    """What belongs to a place: its two keys, the socket, and what a segment to the proxy takes. number, expected: those
+    of the beginning, as the proxy has them; offset: from the client's numbers to these."""
 
     up: bytes
     down: bytes
@@ -121,6 +124,8 @@ class _Place(NamedTuple):
     proxy: bytes
     ports: bytes
     offset: int
+    number: int
+    expected: int
 
 
 _UNKNOWN = _Way(b"", 0)
@@ -156,7 +161,7 @@ class KernelOffload:
         self._by_flow: dict[bytes, int] = {}  # key of a proxy's packets -> place
         self._interfaces: dict[str, str] = {}  # address of a proxy -> name of the interface, as we were told
         self._ways: dict[str, _Way | None] = {}
-        self._looked_up = 0  # addresses that nobody told of
+        self._next_lookup = 0.0  # when the kernel may be asked of an address that nobody told of
         self._lans: dict[bytes, int] = {}
         self._packed: dict[str, bytes] = {}  # our own addresses
         self._mark = mark
@@ -172,7 +177,6 @@ class KernelOffload:
     def follow(self, ways: Mapping[str, str]) -> None:
         """See ztun.ports.Offload.follow. Connections go on by another interface when their proxy is reached by it."""
         self._interfaces = dict(ways)
-        self._looked_up = 0
         self._ways.clear()
         self._lans.clear()
         self._is_ethernet.clear()
@@ -208,22 +212,28 @@ class KernelOffload:
     def _way(self, proxy: str) -> _Way | None:
         """To a proxy; None where its packets cannot be had."""
         way = self._ways.get(proxy, _UNKNOWN)
-        if way is _UNKNOWN:
-            if proxy not in self._interfaces and self._looked_up == _MOST_LOOKUPS:
+        if way is not _UNKNOWN:
+            return way
+        ifname = self._interfaces.get(proxy)
+        if ifname is None:
+            now = time.monotonic()
+            if now < self._next_lookup:
                 return None
-            way = self._ways[proxy] = self._find_way(proxy)
+            self._next_lookup = now + _LOOKUP_INTERVAL
+            ifname = self._look_up(proxy)
+        if len(self._ways) == _MOST_WAYS:
+            self._ways.clear()
+        hooked = self._hooks.get(ifname)
+        way = self._ways[proxy] = _Way(_pack(proxy), hooked[0]) if hooked is not None else None
         return way
 
-    def _find_way(self, proxy: str) -> _Way | None:
-        ifname = self._interfaces.get(proxy)
-        if ifname is None:  # its name was resolved only now
-            self._looked_up += 1
-            index = links.index_towards(proxy, self._mark)
-            ifname = (links.name_of(index) if index is not None else None) or ""
-            if ifname and ifname not in self._hooks:
-                self._attach(ifname)
-        hooked = self._hooks.get(ifname)
-        return _Way(_pack(proxy), hooked[0]) if hooked is not None else None
+    def _look_up(self, proxy: str) -> str:
+        """The interface towards a proxy whose name was resolved only now, or a destination past all proxies."""
+        index = links.index_towards(proxy, self._mark)
+        ifname = (links.name_of(index) if index is not None else None) or ""
+        if ifname and ifname not in self._hooks:
+            self._attach(ifname)
+        return ifname
 
     def _lan(self, client: bytes) -> int | None:
         """The interface by which a client (16 bytes) is reached; None where its packets do not come to `capture`.
@@ -243,7 +253,11 @@ class KernelOffload:
     def _has_link_header(self, index: int) -> bool:
         known = self._is_ethernet.get(index)
         if known is None:
-            known = self._is_ethernet[index] = links.has_link_header(index)
+            try:
+                known = links.has_link_header(index)
+            except (NetlinkError, OSError):  # it is gone
+                known = False
+            self._is_ethernet[index] = known
         return known
 
     # Connections.
@@ -254,7 +268,10 @@ class KernelOffload:
         The connection is entered before it is known whether anything came for the socket meanwhile: what comes later
         goes to the client, who does not know of it yet, and is sent again.
         """
-        proxy_address, proxy_port = sock.getpeername()[:2]
+        try:
+            proxy_address, proxy_port = sock.getpeername()[:2]
+        except OSError:  # it is broken already, which the relay will find
+            return None
         way = self._way(proxy_address)
         key = offer.key
         is_v4 = len(key) == _KEY4
@@ -289,7 +306,7 @@ class KernelOffload:
         )  # fmt: skip
         what = _Place(
             client + destination + key[-4:], way.address + local + ports[2:] + ports[:2],
-            sock, local, way.address, ports, offset,
+            sock, local, way.address, ports, offset, upstream.number, upstream.expected,
         )  # fmt: skip
         if not self._pairs.write(what.up, place << 1, what.down, place << 1 | 1) or not _is_at_rest(sock, upstream):
             self._carried.delete_many((what.up, what.down))
@@ -357,9 +374,11 @@ class KernelOffload:
         That is what it acknowledged last, or more, if it has got what was sent since.
         """
         what, progress = self._places[place], self.read(place)
-        if progress.heard:
-            for number in {progress.expected or progress.received, progress.received}:
-                self._send_reset(what, (number + what.offset) & _MASK, progress.nxt)
+        if not progress.heard:
+            self._send(what, what.number, what.expected, tcp.RST | tcp.ACK, 0)
+            return
+        for number in {progress.expected or progress.received, progress.received}:
+            self._send(what, (number + what.offset) & _MASK, progress.nxt, tcp.RST | tcp.ACK, 0)
 
     def finish(self, place: int) -> tuple[int, int] | None:
         """See ztun.ports.Offload.finish.
@@ -368,22 +387,26 @@ class KernelOffload:
         is dropped there (RFC 9293 section 3.10.7.4); when that one closes, its own FIN is the same once more.
         """
         what, progress = self._places[place], self.read(place)
-        at = place * SPLICE_SIZE
-        *_, up_stamp, _, _, _, _, _, _, down_stamp = _GROWING.unpack_from(self._memory, at + _GROWING_AT)
-        stamps, has_stamps = _STAMPS.unpack_from(self._memory, at + _STAMPS_AT)[0], up_stamp or down_stamp
-        options, client = b"", None
-        if has_stamps:
-            back = _BACK.unpack_from(self._memory, at + _BACK_AT)[0]
-            passed = max(int((time.monotonic() - progress.last) * 1000), 0)
-            value, echo = (up_stamp + passed) & _MASK, (down_stamp - back) & _MASK if down_stamp else 0
-            options = tcp.TIMESTAMPS.pack(tcp.TIMESTAMP_LEAD, value, echo)
-            client = (down_stamp + passed) & _MASK, (up_stamp - stamps) & _MASK
+        stamps = self._stamps(place, progress.last)
+        options = tcp.TIMESTAMPS.pack(tcp.TIMESTAMP_LEAD, *stamps[0]) if stamps is not None else b""
         number = (progress.received + what.offset) & _MASK
         self._send(what, number, progress.nxt, tcp.FIN | tcp.ACK, _FIN_WINDOW, options)
-        return client
+        return stamps[1] if stamps is not None else None
 
-    def _send_reset(self, what: _Place, number: int, expected: int) -> None:
-        self._send(what, number, expected, tcp.RST | tcp.ACK, 0)
+    def _stamps(self, place: int, last: float) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """Value and echo of a segment to the proxy now, and of one to the client. last: when the last ones came.
+
+        Clocks of timestamps tick once in a millisecond nearly everywhere (RFC 7323 section 5.4).
+        """
+        at = place * SPLICE_SIZE
+        fields = _GROWING.unpack_from(self._memory, at + _GROWING_AT)
+        back, up, down = fields[_BACK], fields[_UP_STAMP], fields[_DOWN_STAMP]
+        if not up:
+            return None
+        stamps, base = _STAMPS.unpack_from(self._memory, at + _STAMPS_AT)
+        passed = max(int((time.monotonic() - last) * 1000), 0)
+        to_proxy = (up + passed) & _MASK, (down - back) & _MASK if down else 0
+        return to_proxy, (((down or base) + passed) & _MASK, (up - stamps) & _MASK)
 
     def _send(self, what: _Place, number: int, ack: int, flags: int, window: int, options: bytes = b"") -> None:
         """Send a segment without payload to a proxy."""
@@ -499,10 +522,11 @@ def _agree(offer: Offer, upstream: _Upstream) -> Terms | None:
         return None  # the proxy waits for timestamps (RFC 7323 section 3.2)
     if upstream.sack and not offer.sack:
         return None
-    if upstream.own_mss > offer.mss:
-        return None  # the proxy sends more than the client takes
     stamps = upstream.stamp is not None
-    mss = upstream.mss + (12 if stamps else 0)
+    options = _STAMP_OPTIONS if stamps else 0  # the kernel has taken them off both; RFC 6691 has not
+    if upstream.own_mss + options > offer.mss:
+        return None  # the proxy sends more than the client takes
+    mss = upstream.mss + options
     scale = upstream.scale if offer.scale is not None else None
     return Terms(upstream.expected, mss, scale, upstream.sack, stamps, upstream.window)
 

@@ -201,6 +201,14 @@ def test_a_flow_that_both_ends_closed_is_over_within_a_moment(world: World) -> N
     assert not world.stack.connections
 
 
+def test_an_end_that_the_kernel_had_no_room_to_tell_of_is_found(world: World) -> None:
+    world.opens()
+    talks(world)
+    world.is_at(0, over=True)
+    world.waits(40.0)
+    assert world.ends == [Closed.FINISHED]
+
+
 def test_news_of_who_was_there_before_is_no_news(world: World) -> None:
     world.opens()
     talks(world)
