@@ -26,8 +26,10 @@ MODULES = (
     "ztun/outbound/*.py",
     "ztun/gateway/*.py",
     "ztun/names/pool.py",
+    "ztun/platform/linux/frozen.py",
     "ztun/platform/linux/offload.py",
     "ztun/platform/linux/poller.py",
+    "ztun/platform/linux/prepared.py",
     "ztun/platform/linux/sockets.py",
     "ztun/platform/linux/tun.py",
 )

@@ -36,7 +36,6 @@ OFFLOADING: dict[str, Any] = {
     "timeouts": {"dial": 3, "drain": 0.2},
 }
 SITES = pytest.mark.parametrize("address", [plan.SITE4, plan.SITE6], ids=["v4", "v6"])
-IDLE = 0.7  # seconds after which a connection is known to be over: it is looked at ten times a second
 
 
 @pytest.fixture

@@ -225,7 +225,7 @@ def test_a_reset_is_believed_when_nothing_is_said_after_it(world: World, by: str
     world.is_at(0, over=True, reset=by)
     world.kernel.news = [0]
     for packets in (6, 7, 8):
-        world.waits(0.1)
+        world.waits(0.05)
         world.is_at(0, packets=packets)
         assert world.ends == []
     world.waits(0.3)

@@ -21,6 +21,7 @@ from scapy.layers.inet6 import IPv6
 from ztun.platform.linux import offload, tables
 from ztun.platform.linux.layout import FLOW, U32, U64
 from ztun.platform.linux.maps import Map
+from ztun.platform.linux.prepared import Queue
 
 CLIENT = {4: "10.9.0.2", 6: "fd00:9::2"}
 FAR = {4: "203.0.113.5", 6: "2001:db8::5"}
@@ -112,7 +113,7 @@ class Carrying:
 
     def ended(self) -> list[int]:
         found = []
-        queue = offload._Queue(self.bench.objects.maps["ended"])
+        queue = Queue(self.bench.objects.maps["ended"])
         while (place := queue.pop()) is not None:
             found.append(place)
         return found

@@ -19,7 +19,6 @@ from ztun.wire.handshake import Terms
 
 CLIENT = {4: bytes([10, 0, 0, 2]), 6: bytes([0xFD] + [0] * 14 + [2])}
 SERVER = {4: bytes([192, 0, 2, 7]), 6: bytes.fromhex("20010db8000000000000000000000007")}
-_HALF_OPEN = (State.DIALING, State.SYN_RECEIVED)
 _OWN_BUFFER_FROM = 4096
 _TICK = 1e-6  # seconds; sums of floats are not exact
 
@@ -196,7 +195,7 @@ class Net:
     def check(self) -> None:
         """What must hold between any two packets."""
         stack = self.stack
-        assert stack.half_open == sum(conn.state in _HALF_OPEN for conn in stack.connections.values())
+        assert stack.half_open == sum(conn.is_half_open for conn in stack.connections.values())
         self._check_memory()
         for key, conn in stack.connections.items():
             assert conn.key == key
@@ -207,7 +206,7 @@ class Net:
             assert tx.una <= tx.nxt <= tx.queue.end + tx.fin_queued
             assert tx.queue.start == min(tx.una, tx.queue.end)
             assert all(tx.una <= start < end <= tx.nxt for start, end in tx.sacked)
-            assert tx.rto_at is not None or not (tx.flight() or tx.unsent()) or conn.state in _HALF_OPEN
+            assert tx.rto_at is not None or not (tx.flight() or tx.unsent()) or conn.is_half_open
             assert conn.deadline() >= conn.armed or conn.deadline() == float("inf")
             assert rx.held >= 0
             assert rx.reassembly.size <= rx.capacity

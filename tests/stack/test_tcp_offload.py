@@ -62,7 +62,19 @@ def test_nobody_asks_for_an_answer_to_the_syn_ack(client: Client) -> None:
     client.waits(10_000.0)  # neither retransmission, keep-alive nor idle time: that is for who carries
     client.hears_nothing()
     assert app.events == []
-    assert client.net.stack.half_open == 0
+
+
+def test_it_is_half_open_until_who_carries_has_heard_of_the_client(client: Client) -> None:
+    client.says(SYN, **LINUX)
+    client.net.hands_over()
+    client.hears(SYN | ACK)
+    stack = client.net.stack
+    assert stack.half_open == 1
+    client.conn.heard()
+    client.conn.heard()
+    assert stack.half_open == 0
+    client.conn.conclude(Closed.FINISHED, client.net.now)
+    assert stack.half_open == 0
 
 
 def test_a_syn_that_comes_again_is_answered_again(client: Client) -> None:

@@ -14,8 +14,8 @@ from ztun.ports import ENDED, Offload, Progress
 from ztun.stack import Closed, Connection
 from ztun.stack.header import FlowKey
 
-_INTERVAL: Final = 0.1  # seconds between looks at what has ended
-_UNHEARD: Final = 5  # every so many looks, at clients that did not answer yet
+# Seconds between looks at what has ended and at clients that did not answer yet: half-open connections are few.
+_INTERVAL: Final = 0.05
 _LONGEST: Final = 30.0  # seconds between looks at how long nothing went either way
 # Seconds after our SYN-ACK at which it is repeated (RFC 6298: 1, then twice as many), and at which it is given up.
 _REPEATS: Final = (1.0, 3.0, 7.0, 15.0, 31.0)
@@ -128,6 +128,7 @@ class KernelRelay:
     def is_heard(self, now: float) -> bool:
         """Whether the client has said anything. Answers it again when it is time to, and gives it up in the end."""
         if self._carrier.offload.read(self.place).heard:
+            self._conn.heard()
             return True
         age = now - self._started
         if age >= _GIVEN_UP:
@@ -155,6 +156,7 @@ class KernelRelay:
 
     def conclude(self, how: Closed, now: float) -> None:
         """Both ends know that it is over."""
+        self._conn.heard()
         self._conn.conclude(how, now)
 
 
@@ -289,8 +291,7 @@ class Carrier:
         now = self.engine.now()
         try:
             self.settle()
-            if self._looks % _UNHEARD == 0:
-                self._look_at_unheard(now)
+            self._look_at_unheard(now)
             if self._looks % self._idle_looks == 0:
                 self._look_at_idle(now)
             self.engine.send()

@@ -97,6 +97,13 @@ class Connection(Arrivals):
         """The client answered our SYN-ACK, some time."""
         return self.state is not DIALING and self.state is not SYN_RECEIVED
 
+    @property
+    def is_half_open(self) -> bool:
+        """Whether the client has yet to answer our SYN-ACK."""
+        if self.state is OFFLOADED:
+            return self._syn_at is not None
+        return self.state is DIALING or self.state is SYN_RECEIVED
+
     def is_in_flight(self, seq: int) -> bool:
         """Whether we sent this sequence number and its ACK has not come. seq: as on the wire."""
         if self.state is SYN_RECEIVED:
@@ -152,8 +159,8 @@ class Connection(Arrivals):
     def hand_over(self, handler: Handler, terms: Terms, now: float) -> None:
         """Answer the SYN on the terms of somebody else, who carries all segments from now on.
 
-        What still comes here are SYNs, which are answered again, and what nobody could carry. `conclude` or `abort` is
-        its end; until then it counts as established. Without effect when the client gave up (`is_closed`).
+        What still comes here are SYNs, which are answered again, and what nobody could carry. It counts as half-open
+        until `heard`; `conclude` or `abort` is its end. Without effect when the client gave up (`is_closed`).
         """
         if self.state is not DIALING:
             return
@@ -172,7 +179,13 @@ class Connection(Arrivals):
         )
         self.syn = self.header.pack(self.iss, self.rx.nxt, SYN | ACK, min(terms.window, 0xFFFF), options, 0)
         self.stack.outbox.append((self.syn,))
-        self.stack.established(self)
+        self._syn_at = now
+
+    def heard(self) -> None:
+        """The client has answered `hand_over`, or even more. Idempotent."""
+        if self.state is OFFLOADED and self._syn_at is not None:
+            self._syn_at = None
+            self.stack.established(self)
 
     def repeat_answer(self) -> None:
         """The client has not been heard since `hand_over`: it may not have got our SYN-ACK."""
@@ -347,7 +360,7 @@ class Connection(Arrivals):
         self._finish(Closed.FINISHED, now)
 
     def _finish(self, how: Closed, now: float) -> None:
-        half_open = self.state in (DIALING, SYN_RECEIVED)
+        half_open = self.is_half_open
         self.state = CLOSED
         self._idle_at = NEVER
         self._syn_at = self.tx.rto_at = self.rx.ack_at = None

@@ -1,7 +1,6 @@
 """Connections that the kernel carries: the Python half of carry_up and carry_down in bpf/classify.c.
 
-A connection to a proxy is taken from the kernel's TCP by asking it where it is (TCP_REPAIR, tcp(7)), and by having its
-socket believe nothing any more: a filter drops what comes for it. The socket stays, and with it its port is nobody
+A connection to a proxy is taken from the kernel's TCP (frozen.py). Its socket stays, and with it its port is nobody
 else's. From then on BPF makes each segment of the client's connection one of the proxy's, and the other way round.
 
 docs/offload.md tells which connections these are.
@@ -9,12 +8,9 @@ docs/offload.md tells which connections these are.
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import mmap
 import socket
 import struct
-import termios
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,13 +18,15 @@ from typing import Any, Final, NamedTuple
 
 import structlog
 
-from ztun.platform.linux import bpfcall, links, tables
+from ztun.platform.linux import links, tables
+from ztun.platform.linux.frozen import agree, deafen, freeze, is_at_rest, thaw
 from ztun.platform.linux.hooks import Hook
 from ztun.platform.linux.host import MakeHook
-from ztun.platform.linux.layout import CLIENT, FLOW, U32, Shared
+from ztun.platform.linux.layout import FLOW, U32, Shared
 from ztun.platform.linux.maps import Map
 from ztun.platform.linux.netlink import NetlinkError, explain
 from ztun.platform.linux.path_errors import PathErrors
+from ztun.platform.linux.prepared import Clients, Pairs, Queue
 from ztun.ports import Progress
 from ztun.wire import checksum, ip, tcp
 from ztun.wire.handshake import Offer, Terms
@@ -59,21 +57,6 @@ MAPS = {
 _HOOKED = "carry_down"
 _FIRST = U32.pack(0)
 
-# linux/tcp.h.
-_TCP: Final = socket.IPPROTO_TCP
-_TCP_INFO: Final = socket.TCP_INFO
-_REPAIR, _REPAIR_QUEUE, _QUEUE_SEQ, _TIMESTAMP = 19, 20, 21, 24
-_RECEIVE_QUEUE, _SEND_QUEUE = 1, 2
-_REPAIR_OFF = -1  # without a window probe
-_INFO_SIZE: Final = 232
-_ESTABLISHED: Final = 1
-_HAS_STAMPS, _HAS_SACK, _HAS_SCALE, _NOT_PLAIN = 1, 2, 4, 8 | 16 | 32  # not: ECN, and data in the SYN
-# State, options, window scales; snd_mss, unacked, advmss; notsent_bytes; snd_wnd.
-_INFO = struct.Struct("=B4xBBx8xI4xI56xI56xI80xI")
-# linux/filter.h: one instruction, BPF_RET | BPF_K with 0, which keeps nothing of any packet.
-_DEAF = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0), 8)
-_FILTER = struct.pack("@HP", 1, ctypes.addressof(_DEAF))
-_ATTACH_FILTER: Final = 26  # asm-generic/socket.h
 _MASK: Final = 0xFFFFFFFF
 _LOOKUP_INTERVAL: Final = 0.1  # seconds between two questions to the kernel, each of which takes some milliseconds
 _MOST_WAYS: Final = 4096
@@ -82,14 +65,9 @@ _RESTING: Final = 512  # places that are free and are not taken, as long as ther
 _KEY4: Final = 12  # bytes of the key of an IPv4 flow
 _FIN_WINDOW: Final = 512  # of a segment that asks for nothing
 _MAPPED: Final = bytes(10) + b"\xff\xff"
-_ZERO: Final = bytes(4)
 _NOTHING_YET: Final = (0,) * 14
 _PORTS = struct.Struct("!HH")
-_PAIR = struct.Struct("=II")
-_COUNT = struct.Struct("=I")
-_COUNT_AT: Final = 32  # of `count` among the batch attributes of union bpf_attr
 _RST_HOPS: Final = 64
-_STAMP_OPTIONS: Final = 12  # bytes of a header with timestamps
 
 
 class _Way(NamedTuple):
@@ -97,20 +75,6 @@ class _Way(NamedTuple):
 
     address: bytes
     uplink: int
-
-
-class _Upstream(NamedTuple):
-    """What the kernel says of a connection to a proxy. Numbers are those of the next segments."""
-
-    number: int
-    expected: int
-    mss: int
-    own_mss: int
-    scale: int
-    own_scale: int
-    sack: bool
-    stamp: int | None
-    window: int
 
 
 class _Place(NamedTuple):
@@ -149,9 +113,9 @@ class KernelOffload:
         self._programs = programs
         self._make_hook = make_hook
         self._carried = Map(maps["carried"], *MAPS["carried"][:2])
-        self._ended = _Queue(maps["ended"])
-        self._pairs = _Pairs(maps["carried"])
-        self._clients = _Clients(maps["clients"])
+        self._ended = Queue(maps["ended"])
+        self._pairs = Pairs(maps["carried"])
+        self._clients = Clients(maps["clients"])
         self._is_ethernet: dict[int, bool] = {}  # by the index of an interface
         self._most = shared.constants["MAX_SPLICES"]
         self._memory = mmap.mmap(maps["splices"], self._most * SPLICE_SIZE)
@@ -189,7 +153,7 @@ class KernelOffload:
             if way is not None:
                 struct.pack_into("=I", self._memory, place * SPLICE_SIZE + _UPLINK, way.uplink)
             else:
-                _deafen(what.sock)
+                deafen(what.sock)
 
     def _attach(self, ifname: str) -> None:
         """What cannot be had is no loss: connections by that interface stay with us."""
@@ -281,10 +245,10 @@ class KernelOffload:
         lan = self._lan(client)
         if lan is None:
             return None
-        upstream = _freeze(sock)
-        terms = _agree(offer, upstream) if upstream is not None else None
+        upstream = freeze(sock)
+        terms = agree(offer, upstream) if upstream is not None else None
         if upstream is None or terms is None:
-            _thaw(sock)
+            thaw(sock)
             self.refused += 1
             return None
         destination = _MAPPED + key[4:8] if is_v4 else key[16:32]
@@ -308,11 +272,11 @@ class KernelOffload:
             client + destination + key[-4:], way.address + local + ports[2:] + ports[:2],
             sock, local, way.address, ports, offset, upstream.number, upstream.expected,
         )  # fmt: skip
-        if not self._pairs.write(what.up, place << 1, what.down, place << 1 | 1) or not _is_at_rest(sock, upstream):
+        if not self._pairs.write(what.up, place << 1, what.down, place << 1 | 1) or not is_at_rest(sock, upstream):
             self._carried.delete_many((what.up, what.down))
             self._used = max(self._used, place + 1)
             self._free.append(place)
-            _thaw(sock)
+            thaw(sock)
             return None
         self._used = max(self._used, place + 1)
         self._places[place] = what
@@ -469,108 +433,3 @@ def _raw_socket(family: int, mark: int) -> socket.socket:
 def _pack(address: str) -> bytes:
     """An address literal as 16 bytes."""
     return tables.widen(socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address))
-
-
-def _freeze(sock: socket.socket) -> _Upstream | None:
-    """Take a connection from the kernel's TCP, and say where it is. `_thaw` undoes it, also when it is None: something
-    that was sent was not acknowledged, or the other end has closed.
-    """
-    get, put = sock.getsockopt, sock.setsockopt
-    try:
-        put(_TCP, _REPAIR, 1)
-        put(_TCP, _REPAIR_QUEUE, _SEND_QUEUE)
-        number = get(_TCP, _QUEUE_SEQ) & _MASK
-        put(_TCP, _REPAIR_QUEUE, _RECEIVE_QUEUE)
-        expected = get(_TCP, _QUEUE_SEQ) & _MASK
-        state, options, scales, mss, unacked, own_mss, unsent, window = _INFO.unpack(get(_TCP, _TCP_INFO, _INFO_SIZE))
-        if state != _ESTABLISHED or unacked or unsent or options & _NOT_PLAIN:
-            return None
-        stamp = get(_TCP, _TIMESTAMP) & _MASK if options & _HAS_STAMPS else None
-    except OSError:
-        return None
-    if not options & _HAS_SCALE:
-        scales = 0
-    return _Upstream(number, expected, mss, own_mss, scales & 15, scales >> 4, options & _HAS_SACK != 0, stamp, window)
-
-
-def _is_at_rest(sock: socket.socket, upstream: _Upstream) -> bool:
-    """Whether nothing has come for a frozen connection that nobody has read."""
-    if fcntl.ioctl(sock.fileno(), termios.FIONREAD, _ZERO) != _ZERO:
-        return False
-    return sock.getsockopt(_TCP, _QUEUE_SEQ) & _MASK == upstream.expected
-
-
-def _thaw(sock: socket.socket) -> None:
-    """Undo `_freeze`."""
-    try:
-        sock.setsockopt(_TCP, _REPAIR, _REPAIR_OFF)
-    except OSError as error:
-        log.debug("a connection was not given back", reason=error.strerror)
-
-
-def _deafen(sock: socket.socket) -> None:
-    """Have a frozen connection hear nothing: it would acknowledge what the client never gets."""
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, _FILTER)
-    except OSError as error:
-        log.debug("a connection still hears its proxy", reason=error.strerror)
-
-
-def _agree(offer: Offer, upstream: _Upstream) -> Terms | None:
-    """What both can live with, None where they cannot: neither end may get what it did not agree to."""
-    if upstream.stamp is not None and offer.stamp is None:
-        return None  # the proxy waits for timestamps (RFC 7323 section 3.2)
-    if upstream.sack and not offer.sack:
-        return None
-    stamps = upstream.stamp is not None
-    options = _STAMP_OPTIONS if stamps else 0  # the kernel has taken them off both; RFC 6691 has not
-    if upstream.own_mss + options > offer.mss:
-        return None  # the proxy sends more than the client takes
-    mss = upstream.mss + options
-    scale = upstream.scale if offer.scale is not None else None
-    return Terms(upstream.expected, mss, scale, upstream.sack, stamps, upstream.window)
-
-
-class _Pairs:
-    """Writes two entries of `carried` with one system call."""
-
-    def __init__(self, fd: int) -> None:
-        self._keys = ctypes.create_string_buffer(2 * FLOW.size)
-        self._values = ctypes.create_string_buffer(2 * U32.size)
-        addresses = ctypes.addressof(self._keys), ctypes.addressof(self._values)
-        self._attr = bpfcall.attributes("=QQQQIIQQ", 0, 0, *addresses, 2, fd, 0, 0)
-        self._call = bpfcall.Prepared(bpfcall.MAP_UPDATE_BATCH, self._attr)
-
-    def write(self, key: bytes, value: int, other_key: bytes, other_value: int) -> bool:
-        """Whether both are there now."""
-        self._keys.raw = key + other_key
-        self._values.raw = _PAIR.pack(value, other_value)
-        _COUNT.pack_into(self._attr, _COUNT_AT, 2)  # where the kernel says how many it has done
-        return self._call() == 0
-
-
-class _Clients:
-    """Reads the map `clients`."""
-
-    def __init__(self, fd: int) -> None:
-        self._key, self._value = ctypes.create_string_buffer(16), ctypes.create_string_buffer(CLIENT.size)
-        addresses = ctypes.addressof(self._key), ctypes.addressof(self._value)
-        self._call = bpfcall.Prepared(bpfcall.MAP_LOOKUP_ELEM, bpfcall.attributes("=I4xQQQ", fd, *addresses, 0))
-
-    def interface_of(self, client: bytes) -> int | None:
-        """The index of the interface by which packets of a client (16 bytes) came in last."""
-        self._key.raw = client
-        return int(U32.unpack(self._value.raw[:4])[0]) if self._call() == 0 else None
-
-
-class _Queue:
-    """A BPF_MAP_TYPE_QUEUE of u32."""
-
-    def __init__(self, fd: int) -> None:
-        self._value = ctypes.create_string_buffer(U32.size)
-        attr = bpfcall.attributes("=I4xQQQ", fd, 0, ctypes.addressof(self._value), 0)
-        self._call = bpfcall.Prepared(bpfcall.MAP_LOOKUP_AND_DELETE_ELEM, attr)
-
-    def pop(self) -> int | None:
-        """The oldest; None when there is none."""
-        return int(U32.unpack(self._value.raw)[0]) if self._call() == 0 else None
