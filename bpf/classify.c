@@ -509,6 +509,9 @@ static __always_inline int carry_on(struct __sk_buff *skb, struct packet *packet
 	header = (segment.words >> 4) * 4;
 	if (!splice || header < TCP_HEADER || packet->offset + header > packet->length || hops_left(skb, packet) < 2)
 		return drop(DROP_UNCARRIED, packet->length);
+	/* A client that knows of no connection yet would reset it. */
+	if (!up && !splice->up.packets && !(segment.flags & TCP_RST))
+		return drop(DROP_EARLY, packet->length);
 	if (up && splice->lan != skb->ifindex)
 		splice->lan = skb->ifindex;
 	target = up ? splice->uplink : splice->lan;

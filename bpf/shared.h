@@ -28,6 +28,7 @@ enum drop_reason {
 	DROP_NO_ROOM,         /* the packet could not be prepared for its new device */
 	DROP_LOOP,            /* ztun's own packet, by its mark, on its way into the TUN */
 	DROP_UNCARRIED,       /* a segment of a carried connection with options that nobody sends, or without hops left */
+	DROP_EARLY,           /* of a proxy whose client has yet to answer our SYN-ACK: it is sent again */
 	DROP_REASONS,
 };
 

@@ -43,6 +43,7 @@ class Spliced:
     stamps: int = 7_000
     base: int = 500
     shifts: tuple[int, int, int, int] = (7, 7, 7, 7)
+    heard: int = 1  # packets of the client so far
 
     @property
     def record(self) -> bytes:
@@ -51,7 +52,8 @@ class Spliced:
         fixed = (
             b"".join(addresses) + ports + struct.pack("=IIII4B", self.offset, self.stamps, self.base, 1, *self.shifts)
         )
-        return fixed + bytes(offload.SPLICE_SIZE - len(fixed))
+        growing = bytes(20) + struct.pack("=Q", self.heard)
+        return (fixed + growing).ljust(offload.SPLICE_SIZE, b"\0")
 
 
 def wide(address: str) -> bytes:
@@ -133,6 +135,9 @@ def made(
 def bench() -> Iterator[Bench]:
     made_bench = Bench()
     made_bench.classifier.replace_rules(EVERYTHING)
+    news = Queue(made_bench.objects.maps["ended"])
+    while news.pop() is not None:
+        pass
     yield made_bench
     made_bench.close()
 
@@ -255,6 +260,16 @@ def test_both_ends_have_closed_when_each_knows_it_of_the_other(bench: Bench) -> 
     assert carrying.ended() == []  # told once
 
 
+def test_before_the_client_has_answered_its_proxy_is_not_heard(bench: Bench) -> None:
+    """A client that knows of no connection would reset it. A reset is no news for it, but an answer."""
+    carrying = Carrying(bench, Spliced(heard=0))
+    assert carrying.send("down", PLAIN, b"220 ready")[0] == SHOT
+    assert bench.counted()["drop_early"] == 1
+    assert carrying.send("down", {**PLAIN, "flags": RST})[0] == REDIRECT
+    assert carrying.send("up", PLAIN)[0] == REDIRECT
+    assert carrying.send("down", PLAIN, b"220 ready")[0] == REDIRECT
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_reset_is_told_of_at_once(bench: Bench, way: str) -> None:
     carrying = Carrying(bench, Spliced())
@@ -273,7 +288,7 @@ def test_a_dead_gateway_carries_nothing(bench: Bench) -> None:
 
 def test_the_numbers_of_python_and_c_are_the_same(bench: Bench) -> None:
     """The record is written by field here and by struct there: one connection, read back as `read` does."""
-    carrying = Carrying(bench, replace(Spliced(), base=1))
+    carrying = Carrying(bench, replace(Spliced(), heard=0))
     carrying.send("up", {**PLAIN, "seq": 100, "ack": 200}, b"12345")
     carrying.send("down", {**PLAIN, "seq": 200, "ack": 105 + 1_000_000}, b"123")
     raw = Map(bench.objects.maps["splices"], U32.size, offload.SPLICE_SIZE).lookup(U32.pack(PLACE))

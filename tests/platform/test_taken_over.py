@@ -12,11 +12,13 @@ from lan_world import CLIENT4, MARK, SERVER4, World, packed
 
 from ztun.lab.namespace import wait_until
 from ztun.platform.linux.classifier import BpfClassifier
-from ztun.platform.linux.offload import KernelOffload
+from ztun.platform.linux.offload import _GROWING_AT, SPLICE_SIZE, KernelOffload
+from ztun.ports import Progress
 from ztun.wire.handshake import Offer
 
 PORT = 1080
 KEY = packed(CLIENT4) + packed("203.0.113.5") + struct.pack("!HH", 40000, 80)
+SILENT = Progress(0, 0, False, False, "", 0, 0.0, 0, 0, 0, 0)
 LINUX = Offer(KEY, 1000, 1460, 7, True, 5)
 
 
@@ -47,6 +49,10 @@ class Bench:
 
     def carried(self) -> int:
         return len(self.offload.describe())
+
+    def hears_client(self, place: int) -> None:
+        """As if a segment of its client had been carried."""
+        struct.pack_into("=Q", self.offload._memory, place * SPLICE_SIZE + _GROWING_AT + 20, 1)
 
     def forget_sockets(self) -> None:
         while len(self._sockets) > 1:
@@ -94,7 +100,7 @@ def talks(ours: socket.socket, theirs: socket.socket) -> bool:
 
 
 def test_what_is_taken_is_for_the_client(bench: Bench) -> None:
-    """Who is not there, and says so to the proxy."""
+    """Who has to have answered. This one is not there, and says so to the proxy."""
     ours, theirs = bench.connects()
     taken = bench.offload.take(ours, LINUX, 77)
     assert taken is not None
@@ -102,6 +108,12 @@ def test_what_is_taken_is_for_the_client(bench: Bench) -> None:
     assert (terms.mss, terms.sack, terms.stamps) == (1460, True, True)
     assert terms.scale is not None
     theirs.sendall(b"for the client")
+    theirs.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        theirs.recv(10)
+    assert bench.offload.read(place) == SILENT
+    bench.hears_client(place)
+    theirs.settimeout(3)
     with pytest.raises(ConnectionResetError):
         theirs.recv(10)
     progress = bench.offload.read(place)
@@ -227,6 +239,7 @@ def test_a_proxy_by_another_interface_takes_its_connections_along(bench: Bench) 
     ours, theirs = bench.connects()
     taken = bench.offload.take(ours, LINUX, 77)
     assert taken is not None
+    bench.hears_client(taken[0])
     bench.world.gateway.ip("link set wan0 down", "link set wan0 name wan1", "link set wan1 up")
     bench.offload.follow({SERVER4: "wan1"})
     assert [program["ifname"] for program in bench.offload.programs()] == ["wan1"]

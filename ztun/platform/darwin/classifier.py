@@ -41,6 +41,7 @@ COUNTERS = (
     "drop_no_room",
     "drop_loop",
     "drop_uncarried",
+    "drop_early",
     "pass_other",
     "pass_fail_open",
     "pass_replies",

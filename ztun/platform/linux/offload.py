@@ -230,7 +230,7 @@ class KernelOffload:
         """See ztun.ports.Offload.take.
 
         The connection is entered before it is known whether anything came for the socket meanwhile: what comes later
-        goes to the client, who does not know of it yet, and is sent again.
+        is dropped until the client has answered, and is sent again.
         """
         try:
             proxy_address, proxy_port = sock.getpeername()[:2]
