@@ -488,7 +488,7 @@ int reply(struct __sk_buff *skb)
  * connection anew is nobody's old acquaintance: a SYN is never carried. What cannot be carried is lost: to the kernel's
  * TCP, which holds the port, it would make no sense.
  */
-static __always_inline int carry_on(struct __sk_buff *skb, struct packet *packet, bool up)
+static __always_inline int carry_on(struct __sk_buff *skb, struct packet *packet, struct settings *setting, bool up)
 {
 	struct flow flow = {.local = packet->source, .remote = packet->destination};
 	__u32 header, place, *known, target;
@@ -515,6 +515,8 @@ static __always_inline int carry_on(struct __sk_buff *skb, struct packet *packet
 	if (up && splice->lan != skb->ifindex)
 		splice->lan = skb->ifindex;
 	target = up ? splice->uplink : splice->lan;
+	if (up)
+		skb->mark = setting->mark; /* it is as one of ours now, for routes and for tc behind us */
 	result = carry(skb, packet, splice, up, &segment, header);
 	if (result)
 		return drop(result > 0 ? DROP_UNCARRIED : DROP_NO_ROOM, packet->length);
@@ -533,21 +535,23 @@ int carry_up(struct __sk_buff *skb)
 
 	if (!setting || parse(skb, ETH_HLEN, &packet) < 0)
 		return SHOT; /* never: `capture` has seen both */
-	result = carry_on(skb, &packet, true);
+	result = carry_on(skb, &packet, setting, true);
 	return result ? result : tunnel(skb, &packet, setting->tun_ifindex, ETH_HLEN);
 }
 
 int carry_down(struct __sk_buff *skb)
 {
 	struct packet packet = {.length = network_length(skb, ETH_HLEN)};
+	__u32 index = 0;
+	struct settings *setting = settings.lookup(&index);
 	int result;
 
-	if (skb->pkt_type != 0 /* PACKET_HOST */ ||
+	if (!setting || skb->pkt_type != 0 /* PACKET_HOST */ ||
 	    (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6)))
 		return GO_ON;
 	if (parse(skb, ETH_HLEN, &packet) < 0 || packet.protocol != IPPROTO_TCP)
 		return GO_ON;
-	result = carry_on(skb, &packet, false);
+	result = carry_on(skb, &packet, setting, false);
 	return result ? result : GO_ON;
 }
 

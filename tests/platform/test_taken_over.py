@@ -248,6 +248,35 @@ def test_a_proxy_by_another_interface_takes_its_connections_along(bench: Bench) 
     bench.world.gateway.ip("link set wan1 down", "link set wan1 name wan0", "link set wan0 up")
 
 
+def test_a_proxy_that_knows_nothing_of_what_is_sent_is_left_to_ztun(bench: Bench) -> None:
+    """As behind SNAT of this host's own packets: it resets what comes from another source than before."""
+    for number in range(4):
+        ours, theirs = bench.connects()
+        offer = LINUX._replace(key=KEY[:-4] + struct.pack("!HH", 40000 + number, 80))
+        taken = bench.offload.take(ours, offer, 77)
+        assert (taken is None) == (number == 3)
+        if taken is not None:
+            bench.hears_client(taken[0])
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            theirs.close()
+            assert wait_until(lambda at=taken[0]: bench.offload.read(at).reset == "proxy")
+            bench.offload.release([taken[0]])
+    assert talks(ours, theirs)
+
+
+def test_connections_that_ipsec_might_encrypt_are_left_to_ztun(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.world.gateway.ip("xfrm policy add src 192.0.2.0/24 dst 198.51.100.0/24 dir out priority 1 action allow")
+    try:
+        monkeypatch.setattr(bench.offload, "_next_look", 0.0)
+        ours, theirs = bench.connects()
+        assert bench.offload.take(ours, LINUX, 77) is None
+        assert talks(ours, theirs)
+    finally:
+        bench.world.gateway.ip("xfrm policy flush")
+    bench.offload._next_look = 0.0
+    assert bench.offload.take(ours, LINUX, 77) is not None
+
+
 def test_without_a_way_its_socket_believes_nothing(bench: Bench) -> None:
     """Else the kernel would acknowledge what the client never gets."""
     ours, theirs = bench.connects()

@@ -27,6 +27,7 @@ from ztun.platform.linux.maps import Map
 from ztun.platform.linux.netlink import NetlinkError, explain
 from ztun.platform.linux.path_errors import PathErrors
 from ztun.platform.linux.prepared import Clients, Pairs, Queue
+from ztun.platform.linux.transforms import has_policies
 from ztun.ports import Progress
 from ztun.wire import checksum, ip, tcp
 from ztun.wire.handshake import Offer, Terms
@@ -60,6 +61,8 @@ _FIRST = U32.pack(0)
 _MASK: Final = 0xFFFFFFFF
 _LOOKUP_INTERVAL: Final = 0.1  # seconds between two questions to the kernel, each of which takes some milliseconds
 _MOST_WAYS: Final = 4096
+_MOST_DOUBTS: Final = 3
+_LOOK_INTERVAL: Final = 1.0  # seconds between looks at policies of IPsec
 _MOST_LANS: Final = 4096
 _RESTING: Final = 512  # places that are free and are not taken, as long as there are others
 _KEY4: Final = 12  # bytes of the key of an IPv4 flow
@@ -126,6 +129,9 @@ class KernelOffload:
         self._interfaces: dict[str, str] = {}  # address of a proxy -> name of the interface, as we were told
         self._ways: dict[str, _Way | None] = {}
         self._next_lookup = 0.0  # when the kernel may be asked of an address that nobody told of
+        self._doubts: dict[bytes, int] = {}  # a proxy -> connections that it reset at once, one after the other
+        self._next_look = 0.0
+        self._transformed = False
         self._lans: dict[bytes, int] = {}
         self._packed: dict[str, bytes] = {}  # our own addresses
         self._mark = mark
@@ -142,6 +148,7 @@ class KernelOffload:
         """See ztun.ports.Offload.follow. Connections go on by another interface when their proxy is reached by it."""
         self._interfaces = dict(ways)
         self._ways.clear()
+        self._doubts.clear()
         self._lans.clear()
         self._is_ethernet.clear()
         for ifname in [ifname for ifname, (index, _) in self._hooks.items() if links.index_of(ifname) != index]:
@@ -245,6 +252,8 @@ class KernelOffload:
         lan = self._lan(client)
         if lan is None:
             return None
+        if self._are_transformed():
+            return None
         upstream = freeze(sock)
         terms = agree(offer, upstream) if upstream is not None else None
         if upstream is None or terms is None:
@@ -313,11 +322,45 @@ class KernelOffload:
 
     def release(self, places: Sequence[int]) -> None:
         """See ztun.ports.Offload.release."""
+        for place in places:
+            self._judge(place)
         gone = [self._places.pop(place) for place in places]
         self._carried.delete_many(key for what in gone for key in (what.up, what.down))
         for what in gone:
             del self._by_flow[what.down]
         self._free.extend(places)
+
+    def _judge(self, place: int) -> None:
+        """A proxy that knows nothing of what we send in its connection resets it at once: something between us gives
+        our packets another source, and not those that are carried. After a few of these ztun carries by itself."""
+        proxy, progress = self._places[place].proxy, self.read(place)
+        if progress.down:
+            self._doubts.pop(proxy, None)
+        elif progress.reset == "proxy":
+            doubts = self._doubts[proxy] = self._doubts.get(proxy, 0) + 1
+            if doubts == _MOST_DOUBTS:
+                address = tables.show_address(proxy)
+                self._ways[address] = None
+                log.warning(
+                    "the kernel carries no more connections to a proxy that reset all of them",
+                    proxy=address,
+                    remedy="look for a rule that gives packets of this host another source (SNAT)",
+                )
+
+    def _are_transformed(self) -> bool:
+        """Whether packets of this host are encrypted on their way out, which those that are carried would not be."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + _LOOK_INTERVAL
+            try:
+                transformed = has_policies()
+            except OSError as error:
+                transformed = True
+                log.debug("no count of IPsec policies", reason=error.strerror)
+            if transformed and not self._transformed:
+                log.info("the kernel carries no connections, ztun does", reason="this host has policies of IPsec")
+            self._transformed = transformed
+        return self._transformed
 
     def too_big(self, descriptor: int) -> list[tuple[int, int, int]]:
         """See ztun.ports.Offload.too_big. Only a segment that is on its way can have been too big (RFC 5927, 4.1)."""
