@@ -406,14 +406,13 @@ static __always_inline int classify(struct __sk_buff *skb, __u32 link_header)
 	}
 	if (verdict == VERDICT_TUNNEL && is_answer(skb, &packet))
 		return pass(PASS_ANSWERS, packet.length);
+	if (verdict == VERDICT_TUNNEL && link_header && packet.protocol == IPPROTO_TCP && setting->flags & SETTING_OFFLOAD)
+		jumps.call(skb, 0); /* carry_up; comes back only where there is none */
 	dead = judge_without_gateway(setting->flags, verdict, packet.length);
 	if (dead)
 		return dead;
-	if (verdict == VERDICT_TUNNEL) {
-		if (link_header && packet.protocol == IPPROTO_TCP && setting->flags & SETTING_OFFLOAD)
-			jumps.call(skb, 0); /* carry_up; comes back only where there is none */
+	if (verdict == VERDICT_TUNNEL)
 		return tunnel(skb, &packet, setting->tun_ifindex, link_header);
-	}
 	return drop(result < 0 ? REASON(result) : DROP_RULE, packet.length);
 }
 
@@ -526,6 +525,7 @@ static __always_inline int carry_on(struct __sk_buff *skb, struct packet *packet
 	return redirect_neigh(target, NULL, 0, 0);
 }
 
+/* What is carried needs no gateway that lives: one that stands still for a while finds its connections as they are. */
 int carry_up(struct __sk_buff *skb)
 {
 	struct packet packet = {.length = network_length(skb, ETH_HLEN)};
@@ -536,6 +536,8 @@ int carry_up(struct __sk_buff *skb)
 	if (!setting || parse(skb, ETH_HLEN, &packet) < 0)
 		return SHOT; /* never: `capture` has seen both */
 	result = carry_on(skb, &packet, setting, true);
+	if (!result)
+		result = judge_without_gateway(setting->flags, VERDICT_TUNNEL, packet.length);
 	return result ? result : tunnel(skb, &packet, setting->tun_ifindex, ETH_HLEN);
 }
 

@@ -394,6 +394,26 @@ def test_after_a_kill_nothing_is_carried_and_nothing_is_left(lab: Lab) -> None:
         assert seen_as(lab) == plan.UPSTREAM4
 
 
+def test_while_ztun_stands_still_its_connections_go_on(lab: Lab, instance: Ztun) -> None:
+    """What it would have to carry itself goes direct meanwhile, as ever."""
+    with lab.client.connect(plan.SITE4, plan.ECHO_PORT, timeout=5) as sock:
+        sock.sendall(b"x")
+        assert sock.recv(10) == b"x"
+        os.kill(instance.pid, signal.SIGSTOP)
+        try:
+            time.sleep(1.3)
+            assert seen_as(lab) == plan.CLIENT4
+            for number in range(10):
+                sock.sendall(bytes([number]))
+                assert sock.recv(10) == bytes([number])
+        finally:
+            os.kill(instance.pid, signal.SIGCONT)
+        assert wait_until(lambda: seen_as(lab) == plan.UPSTREAM4)
+        sock.sendall(b"after")
+        assert read_exactly(sock, 5) == b"after"
+    assert wait_until(lambda: lives(instance) == 0)
+
+
 def _is_loaded(program: int) -> bool:
     try:
         os.close(bpfcall.open_program(program))

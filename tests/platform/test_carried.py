@@ -277,13 +277,17 @@ def test_a_reset_is_told_of_at_once(bench: Bench, way: str) -> None:
     assert carrying.ended() == [PLACE]
 
 
-def test_a_dead_gateway_carries_nothing(bench: Bench) -> None:
-    """Its heart does not beat: what was tunnelled goes direct, what it carried as well."""
+def test_while_the_gateway_stands_still_what_is_carried_goes_on(bench: Bench) -> None:
+    """Its heart does not beat: what would be tunnelled goes direct."""
     Map(bench.objects.maps["heartbeat"], U32.size, U64.size).update(U32.pack(0), U64.pack(1))
     bench.is_alive = False
     carrying = Carrying(bench, Spliced())
-    assert bench.run(frame(bytes(carrying.packet("up", PLAIN, b"")))) == GO_ON
-    assert bench.counted()["pass_fail_open"] == 1
+    assert carrying.send("up", PLAIN)[0] == REDIRECT
+    assert carrying.send("down", PLAIN)[0] == REDIRECT
+    other = carrying.packet("up", {**PLAIN, "sport": CLIENT_PORT + 1}, b"")
+    for program in ("carry_up", "capture"):
+        assert bench.run(frame(bytes(other)), program=program) == GO_ON
+    assert bench.counted()["pass_fail_open"] == 2
 
 
 def test_the_numbers_of_python_and_c_are_the_same(bench: Bench) -> None:
