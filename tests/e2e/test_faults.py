@@ -219,7 +219,7 @@ def test_the_time_of_day_jumps_by_ten_years(lab: Lab) -> None:
     when.write_text("0")
     (instance.directory / "sitecustomize.py").write_text(_JUMPING)
     path = os.pathsep.join(filter(None, [str(instance.directory), os.environ.get("PYTHONPATH")]))
-    instance.start(complete(BASE, instance.directory), env={**os.environ, "PYTHONPATH": path})
+    instance.start(complete(BASE, instance.directory, offload=False), env={**os.environ, "PYTHONPATH": path})
     works(lab)
     before, address = at_rest(instance), lab.dig("site.test")
     years = set()
