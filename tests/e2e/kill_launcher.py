@@ -106,6 +106,10 @@ def _bpf_ids() -> list[tuple[str, int]]:
     return sorted(found)
 
 
+# Programs write there, or others read, only where the map `carried` says so.
+_NOT_EMPTIED = ("splices", "ended", "jumps")
+
+
 class Compiled:
     """The BPF programs of one request to the compiler, loaded in this process and handed to its forks."""
 
@@ -128,6 +132,8 @@ class Compiled:
         if kept is None:
             return None
         for name, (key_size, value_size, kind) in maps.items():
+            if name in _NOT_EMPTIED:
+                continue
             size = value_size * possible_cpus() if kind.startswith("percpu") else value_size
             table = Map(kept.maps[name], key_size, size)
             keys = [key for key, _ in table.items()]
@@ -229,7 +235,7 @@ def _look_at_the_compiler(counter: Counter, may_be_compiled: bool) -> None:
 
     async def looked_at(directory: Path, programs: Any, maps: Any, *more: Any) -> loader.Objects:
         counter.wanted = [str(directory), list(programs), {name: list(sizes) for name, sizes in maps.items()}]
-        counter.wanted += [dict(each) for each in more]
+        counter.wanted += [dict(each) if isinstance(each, Mapping) else list(each) for each in more]
         taken = compiled.take(counter.wanted) if may_be_compiled else None
         return taken if taken is not None else await load(directory, programs, maps, *more)
 

@@ -72,6 +72,7 @@ class BpfClassifier:
         self._capture = capture
         self._lenient = lenient
         self._hooks: dict[str, _Attached] = {}  # by the name of the interface, the TUN's first
+        self._indices: dict[str, int] = {}  # by name, those that interfaces had last
         self._captured = dict.fromkeys(capture.lan, "absent")
         self._is_attached = False
         self._generation = 0
@@ -237,6 +238,10 @@ class BpfClassifier:
                 return False
             what = explain(error) if isinstance(error, NetlinkError) else error.strerror
             raise ZtunError(f"cannot attach to {ifname} ({self.backend}): {what}") from error
+        former = self._indices.get(ifname, index)
+        if former != index and self.offload is not None:
+            self.offload.move_lan(former, index)
+        self._indices[ifname] = index
         return True
 
     def _forget_clients(self, index: int) -> None:

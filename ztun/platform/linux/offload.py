@@ -41,9 +41,11 @@ _GROWING = struct.Struct(f"={_GROWING_PART}")
 _SPLICE = struct.Struct(f"={_FIXED}{_GROWING_PART}")
 SPLICE_SIZE = _SPLICE.size
 _GROWING_AT: Final = _SPLICE.size - _GROWING.size
-# Offsets in struct splice: of `stamps` and what follows, of `uplink`, and of `back` in what the programs write.
+# Offsets in struct splice: of `stamps` and what follows, of `uplink`, of `lan`.
 _STAMPS_AT: Final = 64 + 8 + 4
 _UPLINK: Final = _STAMPS_AT + 2 * 4
+_LAN_AT: Final = _GROWING_AT + 8
+_INDEX = struct.Struct("=I")
 _STAMPS = struct.Struct("=II")  # stamps, base
 _BACK, _UP_STAMP, _DOWN_STAMP = 7, 14, 21  # among the fields of _GROWING
 
@@ -158,9 +160,17 @@ class KernelOffload:
         for place, what in self._places.items():
             way = self._way(tables.show_address(what.proxy))
             if way is not None:
-                struct.pack_into("=I", self._memory, place * SPLICE_SIZE + _UPLINK, way.uplink)
+                _INDEX.pack_into(self._memory, place * SPLICE_SIZE + _UPLINK, way.uplink)
             else:
                 deafen(what.sock)
+
+    def move_lan(self, former: int, index: int) -> None:
+        """An interface of clients was made anew and has another index: what they wait for comes by that one."""
+        self._lans.clear()
+        for place in self._places:
+            at = place * SPLICE_SIZE + _LAN_AT
+            if _INDEX.unpack_from(self._memory, at)[0] == former:
+                _INDEX.pack_into(self._memory, at, index)
 
     def _attach(self, ifname: str) -> None:
         """What cannot be had is no loss: connections by that interface stay with us."""
