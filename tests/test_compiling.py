@@ -75,6 +75,10 @@ def test_nothing_that_compiled_code_gets_wrong(path: Path) -> None:
     for node in ast.walk(MODULES[path]):
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation).startswith("Final["):
             assert "None" not in ast.unparse(node.annotation), "such a Final is read wrongly"
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == "Final":
+            parts = node.value.elts if isinstance(node.value, ast.Tuple) else []
+            floats = [part for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, float)]
+            assert not floats, "such a Final is found not to be set: Final[tuple[float, ...]]"
 
 
 def test_no_tuple_with_names_speaks_of_what_comes_later() -> None:

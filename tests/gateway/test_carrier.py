@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ztun.gateway.engine import Engine
 from ztun.gateway.offload import Carrier, KernelRelay
 from ztun.ports import Progress
 from ztun.stack import BufferPool, Closed, Connection, Datagram, Stack, StackSettings, State
@@ -46,6 +47,8 @@ class Poller:
 
     def unwatch(self, fd: int) -> None:
         del self.levels[fd]
+
+    def pulse(self) -> None: ...
 
 
 class FakeKernel:
@@ -91,26 +94,32 @@ class FakeKernel:
 
 
 class World:
-    """An engine without a device: a stack, a clock and a loop that the test turns. It is the stack's Listener too."""
+    """An engine on a device that notes what is sent, with a clock and a loop that the test turns. It is all of these,
+    and the stack's Listener too."""
 
     def __init__(self) -> None:
         self.time = 1000.0
         self.timers: list[Timer] = []
-        self.loop = self
+        self.sent: list[bytes] = []
         self.poller = Poller()
-        self.stack = Stack(self, StackSettings(), lambda key, now: 5000, BufferPool())
+        pool = BufferPool()
+        self.stack = Stack(self, StackSettings(), lambda key, now: 5000, pool)
+        self.engine = Engine(self, self.poller, self, self.stack, pool)  # type: ignore[arg-type]
+        self.engine.now = lambda: self.time
         self.kernel = FakeKernel()
         self.conn: Connection
         self.ends: list[Closed] = []
-        self.carrier = Carrier(self, self.kernel, 100.0)  # type: ignore[arg-type]
+        self.carrier = Carrier(self.engine, self.kernel, 100.0)
         self.carrier.start()
 
-    # An engine and its loop.
+    # A device, and a loop.
 
-    def now(self) -> float:
-        return self.time
+    def send(self, pieces: Sequence[bytes]) -> bool:
+        self.sent.append(b"".join(pieces))
+        return True
 
-    def send(self) -> None: ...
+    def call_at(self, when: float, call: Callable[[], None]) -> Timer:
+        return self.call_later(when - self.time, call)
 
     def call_later(self, seconds: float, call: Callable[[], None]) -> Timer:
         self.timers.append(Timer(self.time + seconds, call))
@@ -159,11 +168,12 @@ class World:
     def heard(self) -> list[str]:
         """What was said to the client: the flag of each segment, or ICMP."""
         names = []
-        for pieces in self.stack.outbox:
-            packet = b"".join(pieces)[vnet.LENGTH :]
+        self.engine.send()
+        for sent in self.sent:
+            packet = sent[vnet.LENGTH :]
             flags = packet[33]
             names.append("ICMP" if packet[9] == 1 else "RST" if flags & RST else "FIN" if flags & FIN else "SYN")
-        self.stack.outbox.clear()
+        self.sent.clear()
         return names
 
     def is_at(self, place: int, **facts: Any) -> None:

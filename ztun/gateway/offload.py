@@ -18,7 +18,7 @@ from ztun.stack.header import FlowKey
 _INTERVAL: Final = 0.05
 _LONGEST: Final = 30.0  # seconds between looks at how long nothing went either way
 # Seconds after our SYN-ACK at which it is repeated (RFC 6298: 1, then twice as many), and at which it is given up.
-_REPEATS: Final = (1.0, 3.0, 7.0, 15.0, 31.0)
+_REPEATS: Final[tuple[float, ...]] = (1.0, 3.0, 7.0, 15.0, 31.0)
 _GIVEN_UP: Final = 63.0
 _FIN_AGAIN: Final = 0.5  # seconds after which a FIN that was lost is said again
 
