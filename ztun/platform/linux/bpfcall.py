@@ -33,7 +33,7 @@ TCX_INGRESS = 46
 TCX_EGRESS = 47
 
 # The size of union bpf_attr that we hand over; the kernel takes any, if what it does not know is zero.
-ATTR_SIZE = 128
+_ATTR_SIZE = 128
 _MOST_MAPS = 64
 _MOST_PROGRAMS = 64  # on one hook: BPF_MPROG_MAX (include/linux/bpf_mprog.h)
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -68,7 +68,7 @@ class Prepared:
 
 def attributes(layout: str, *values: int) -> ctypes.Array[ctypes.c_char]:
     """A union bpf_attr that starts with `values` in the struct format `layout`."""
-    return ctypes.create_string_buffer(struct.pack(layout, *values), ATTR_SIZE)
+    return ctypes.create_string_buffer(struct.pack(layout, *values), _ATTR_SIZE)
 
 
 def create_tcx_link(program: int, ifindex: int, attach_type: int = TCX_INGRESS) -> int:

@@ -13,7 +13,7 @@ import structlog
 from ztun.errors import ZtunError
 from ztun.platform.linux import host, layout, links, offload, tables, xdp
 from ztun.platform.linux.capture import Capture
-from ztun.platform.linux.hooks import Hook
+from ztun.platform.linux.hooks import Hook, detach
 from ztun.platform.linux.host import HostCapture, MakeHook
 from ztun.platform.linux.layout import CLIENT, COUNTER, DECISION, FLOW, RECENT, SETTINGS, U32, U64
 from ztun.platform.linux.loader import Objects
@@ -224,7 +224,7 @@ class BpfClassifier:
         attached = self._hooks.get(ifname)
         if attached is not None and attached.ifindex != index:
             del self._hooks[ifname]
-            self._close_hook(attached.hook)
+            detach([attached.hook])
             self._forget_clients(attached.ifindex)
         elif attached is not None:
             return True
@@ -236,8 +236,7 @@ class BpfClassifier:
         except (NetlinkError, OSError) as error:
             if links.index_of(ifname) != index:  # it went meanwhile; what comes in its place is told of
                 return False
-            what = explain(error) if isinstance(error, NetlinkError) else error.strerror
-            raise ZtunError(f"cannot attach to {ifname} ({self.backend}): {what}") from error
+            raise ZtunError(f"cannot attach to {ifname} ({self.backend}): {explain(error)}") from error
         former = self._indices.get(ifname, index)
         if former != index and self.offload is not None:
             self.offload.move_lan(former, index)
@@ -305,14 +304,7 @@ class BpfClassifier:
         self._host.close()
         self._xdp.close()
         while self._hooks:
-            self._close_hook(self._hooks.popitem()[1].hook)
-
-    @staticmethod
-    def _close_hook(hook: Hook) -> None:
-        try:
-            hook.close()
-        except (NetlinkError, OSError) as error:
-            log.warning("program not detached", error=str(error), **hook.describe())
+            detach([self._hooks.popitem()[1].hook])
 
     def _forget_recent(self) -> None:
         """To be called after each change of what decides: recent addresses are decided anew then."""

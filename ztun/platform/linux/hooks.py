@@ -8,7 +8,11 @@ import socket
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
+import structlog
+
 from ztun.platform.linux import bpfcall, journal, links, netlink
+
+log = structlog.get_logger("ztun.classifier")
 
 # How our filters are known: together, and with the name, these are a tag that nobody else's filter has.
 FILTER_PRIORITY = 0x7A74
@@ -122,6 +126,15 @@ class ClsactHook:
             netlink.run(lambda ip: remove_filters(ip, self._index, self._device, [self._parent]))
         if not any(index == self._index for index, _ in self._journal.attached):
             self._journal.discard_qdisc(self._index)
+
+
+def detach(hooks: Iterable[Hook]) -> None:
+    """Close each of them. What resists is said in the log."""
+    for hook in hooks:
+        try:
+            hook.close()
+        except (netlink.NetlinkError, OSError) as error:
+            log.warning("program not detached", error=str(error), **hook.describe())
 
 
 def _about(name: str, hook: str, ifname: str, program: int) -> dict[str, Any]:

@@ -9,16 +9,12 @@ import socket
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import structlog
-
 from ztun.errors import ZtunError
 from ztun.platform.linux import links, tables
-from ztun.platform.linux.hooks import Hook
+from ztun.platform.linux.hooks import Hook, detach
 from ztun.platform.linux.layout import CLIENT, FLOW, I32, PIECE, U32, U64, Shared
 from ztun.platform.linux.maps import Map
 from ztun.platform.linux.netlink import NetlinkError, explain
-
-log = structlog.get_logger("ztun.classifier")
 
 PROGRAMS = ("guard", "leave", "leave_l3", "arrive")
 # Map name -> (key size, value size in bytes, kind as `bpftool map` names it).
@@ -133,15 +129,14 @@ class HostCapture:
             for name, direction in chosen.items():
                 hooks.append(self._make_hook(name, self._programs[name], ifname, direction=direction))
         except (NetlinkError, OSError) as error:
-            _close(hooks)
-            what = explain(error) if isinstance(error, NetlinkError) else error.strerror
-            raise ZtunError(f"cannot attach to the egress of {ifname}: {what}") from error
+            detach(hooks)
+            raise ZtunError(f"cannot attach to the egress of {ifname}: {explain(error)}") from error
         return hooks
 
     def _let_go(self, name: str) -> None:
         hooked = self._hooked.pop(name)
         self._maps["exits"].delete(U32.pack(hooked.ifindex))
-        _close(hooked.hooks)
+        detach(hooked.hooks)
         if links.name_of(hooked.ifindex) is None:  # what is put back there now would get lost
             homes = self._maps["homes"]
             homes.delete_many([key for key, value in homes.items() if CLIENT.unpack(value)[0] == hooked.ifindex])
@@ -182,15 +177,7 @@ class HostCapture:
         self._wanted.clear()
         self._states.clear()
         while self._hooked:
-            _close(self._hooked.popitem()[1].hooks)
-
-
-def _close(hooks: Sequence[Hook]) -> None:
-    for hook in hooks:
-        try:
-            hook.close()
-        except (NetlinkError, OSError) as error:
-            log.warning("program not detached", error=str(error), **hook.describe())
+            detach(self._hooked.popitem()[1].hooks)
 
 
 def show_flow(key: bytes) -> dict[str, Any]:

@@ -55,6 +55,8 @@ def attribute(message: Any, name: str) -> Any:
     return message.get_attr(name)
 
 
-def explain(error: NetlinkError) -> str:
-    """The errno of a refused request in words."""
+def explain(error: NetlinkError | OSError) -> str:
+    """The errno of a refused request, or of another system call, in words."""
+    if not isinstance(error, NetlinkError):
+        return error.strerror or str(error)
     return f"{errno.errorcode.get(error.code, error.code)}: {error.args[1] if len(error.args) > 1 else error}"

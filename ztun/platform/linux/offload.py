@@ -20,7 +20,7 @@ import structlog
 
 from ztun.platform.linux import links, tables
 from ztun.platform.linux.frozen import agree, deafen, freeze, is_at_rest, thaw
-from ztun.platform.linux.hooks import Hook
+from ztun.platform.linux.hooks import Hook, detach
 from ztun.platform.linux.host import MakeHook
 from ztun.platform.linux.layout import FLOW, U32, Shared
 from ztun.platform.linux.maps import Map
@@ -154,7 +154,7 @@ class KernelOffload:
         self._lans.clear()
         self._is_ethernet.clear()
         for ifname in [ifname for ifname, (index, _) in self._hooks.items() if links.index_of(ifname) != index]:
-            self._let_go(ifname)
+            detach([self._hooks.pop(ifname)[1]])
         for ifname in set(ways.values()) - self._hooks.keys():
             self._attach(ifname)
         for place, what in self._places.items():
@@ -180,15 +180,7 @@ class KernelOffload:
         try:
             self._hooks[ifname] = index, self._make_hook(_HOOKED, self._programs[_HOOKED], ifname)
         except (NetlinkError, OSError) as error:
-            what = explain(error) if isinstance(error, NetlinkError) else error.strerror
-            log.warning("the kernel cannot carry connections by an interface", interface=ifname, reason=what)
-
-    def _let_go(self, ifname: str) -> None:
-        _, hook = self._hooks.pop(ifname)
-        try:
-            hook.close()
-        except (NetlinkError, OSError) as error:
-            log.warning("program not detached", error=str(error), **hook.describe())
+            log.warning("the kernel cannot carry connections by an interface", interface=ifname, reason=explain(error))
 
     def _way(self, proxy: str) -> _Way | None:
         """To a proxy; None where its packets cannot be had."""
@@ -260,9 +252,7 @@ class KernelOffload:
             return None
         client = _MAPPED + key[:4] if is_v4 else key[:16]
         lan = self._lan(client)
-        if lan is None:
-            return None
-        if self._are_transformed():
+        if lan is None or self._are_transformed():
             return None
         upstream = freeze(sock)
         terms = agree(offer, upstream) if upstream is not None else None
@@ -281,6 +271,7 @@ class KernelOffload:
         scaled = offer.scale is not None
         # A program that runs on another CPU may still look at a place that was left a moment ago.
         place = self._free.popleft() if len(self._free) > _RESTING or self._used == self._most else self._used
+        self._used = max(self._used, place + 1)
         _SPLICE.pack_into(
             self._memory, place * SPLICE_SIZE,
             client, destination, local, way.address, key[-4:], ports, offset, stamps, stamp, way.uplink,
@@ -293,11 +284,9 @@ class KernelOffload:
         )  # fmt: skip
         if not self._pairs.write(what.up, place << 1, what.down, place << 1 | 1) or not is_at_rest(sock, upstream):
             self._carried.delete_many((what.up, what.down))
-            self._used = max(self._used, place + 1)
             self._free.append(place)
             thaw(sock)
             return None
-        self._used = max(self._used, place + 1)
         self._places[place] = what
         self._by_flow[what.down] = place
         return place, terms
@@ -468,7 +457,7 @@ class KernelOffload:
     def close(self) -> None:
         """Detach. Idempotent."""
         for ifname in list(self._hooks):
-            self._let_go(ifname)
+            detach([self._hooks.pop(ifname)[1]])
         for raw in self._raw.values():
             raw.close()
         self._errors.close()
