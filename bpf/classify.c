@@ -508,6 +508,9 @@ static __always_inline int carry_on(struct __sk_buff *skb, struct packet *packet
 	header = (segment.words >> 4) * 4;
 	if (!splice || header < TCP_HEADER || packet->offset + header > packet->length || hops_left(skb, packet) < 2)
 		return drop(DROP_UNCARRIED, packet->length);
+	/* It is being taken from the kernel's TCP just now, which is not to hear of this any more. */
+	if (!splice->uplink)
+		return up ? 0 : drop(DROP_EARLY, packet->length);
 	/* A client that knows of no connection yet would reset it. */
 	if (!up && !splice->up.packets && !(segment.flags & TCP_RST))
 		return drop(DROP_EARLY, packet->length);

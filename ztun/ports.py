@@ -311,8 +311,15 @@ class DatagramLink(Protocol):
     def close(self) -> None: ...
 
 
+Carry = Callable[["socket", str, int, int], bool]
+"""(sock, address, port, unread) -> whether a connection that is ready goes on without us, as Offload.take has it. It is
+asked before Connected is told, and takes the place of that. address: a literal, "" where it is to be asked for."""
+
+
 class Dialling(Protocol):
-    """A connection that is being made."""
+    """A connection that is being made. carry: see Carry; who wants it sets it."""
+
+    carry: Carry | None
 
     @property
     def over(self) -> bool: ...
@@ -465,9 +472,12 @@ class Offload(Protocol):
 
     descriptors: Sequence[int]
 
-    def take(self, sock: socket, offer: Offer, stamp: int) -> tuple[int, Terms] | None:
+    def take(
+        self, sock: socket, address: str, port: int, unread: int, offer: Offer, stamp: int
+    ) -> tuple[int, Terms] | None:
         """Make one connection of a client's and of `sock`, which the outbound has just connected.
 
+        address, port: of its other end, "" to be asked for; unread: bytes that wait in it and are nobody's any more;
         offer: of the client's SYN; stamp: the timestamp of the SYN-ACK. Returns (place, terms): the client is to be
         answered on these terms, and `sock` to be kept until `release`. None when the two do not fit together, or
         the destination has spoken already; `sock` is as before then.

@@ -63,7 +63,9 @@ class FakeKernel:
         self.errors: list[tuple[int, int, int]] = []
         self.takes = True
 
-    def take(self, sock: socket.socket, offer: Offer, stamp: int) -> tuple[int, Terms] | None:
+    def take(
+        self, sock: socket.socket, address: str, port: int, unread: int, offer: Offer, stamp: int
+    ) -> tuple[int, Terms] | None:
         if not self.takes:
             return None
         place = len(self.progress)
@@ -160,7 +162,7 @@ class World:
     def opens(self) -> KernelRelay:
         """A client's SYN, an outbound that connects, and the kernel that takes over."""
         self.syn()
-        relay = self.carrier.take(self.conn, socket.socket(), lambda relay: self.ends.append(relay.how))
+        relay = self.carrier.take(self.conn, socket.socket(), "", 0, 0, lambda relay: self.ends.append(relay.how))
         assert relay is not None
         assert self.heard() == ["SYN"]
         return relay
@@ -340,7 +342,7 @@ def test_what_the_kernel_does_not_take_is_left_to_the_relay(world: World) -> Non
     world.kernel.takes = False
     world.syn()
     with socket.socket() as sock:
-        assert world.carrier.take(world.conn, sock, lambda relay: None) is None
+        assert world.carrier.take(world.conn, sock, "", 0, 0, lambda relay: None) is None
     assert world.conn.state is State.DIALING
     assert not world.timers
 

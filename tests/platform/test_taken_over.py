@@ -14,7 +14,7 @@ from ztun.lab.namespace import wait_until
 from ztun.platform.linux.classifier import BpfClassifier
 from ztun.platform.linux.offload import _GROWING_AT, SPLICE_SIZE, KernelOffload
 from ztun.ports import Progress
-from ztun.wire.handshake import Offer
+from ztun.wire.handshake import Offer, Terms
 
 PORT = 1080
 KEY = packed(CLIENT4) + packed("203.0.113.5") + struct.pack("!HH", 40000, 80)
@@ -46,6 +46,11 @@ class Bench:
         theirs.sendall(b"agreed")
         assert ours.recv(100) == b"agreed"
         return ours, theirs
+
+    def takes(
+        self, sock: socket.socket, offer: Offer, stamp: int, unread: int = 0, address: str = ""
+    ) -> tuple[int, Terms] | None:
+        return self.offload.take(sock, address, PORT, unread, offer, stamp)
 
     def carried(self) -> int:
         return len(self.offload.describe())
@@ -102,7 +107,7 @@ def talks(ours: socket.socket, theirs: socket.socket) -> bool:
 def test_what_is_taken_is_for_the_client(bench: Bench) -> None:
     """Who has to have answered. This one is not there, and says so to the proxy."""
     ours, theirs = bench.connects()
-    taken = bench.offload.take(ours, LINUX, 77)
+    taken = bench.takes(ours, LINUX, 77)
     assert taken is not None
     place, terms = taken
     assert (terms.mss, terms.sack, terms.stamps) == (1460, True, True)
@@ -124,7 +129,7 @@ def test_what_is_taken_is_for_the_client(bench: Bench) -> None:
 def test_what_was_taken_is_forgotten_in_silence(bench: Bench) -> None:
     """Neither FIN nor RST: the kernel's TCP would have old numbers for them."""
     ours, theirs = bench.connects()
-    taken = bench.offload.take(ours, LINUX, 77)
+    taken = bench.takes(ours, LINUX, 77)
     assert taken is not None
     [entry] = bench.offload.describe()
     assert (entry["client"], entry["proxy"], entry["local_port"]) == (CLIENT4, SERVER4, ours.getsockname()[1])
@@ -138,7 +143,7 @@ def test_what_was_taken_is_forgotten_in_silence(bench: Bench) -> None:
 
 def test_a_reset_reaches_a_proxy_whose_client_never_spoke(bench: Bench) -> None:
     ours, theirs = bench.connects()
-    taken = bench.offload.take(ours, LINUX, 77)
+    taken = bench.takes(ours, LINUX, 77)
     assert taken is not None
     bench.offload.reset(taken[0])
     with pytest.raises(ConnectionResetError):
@@ -152,14 +157,14 @@ def test_a_reset_reaches_a_proxy_whose_client_never_spoke(bench: Bench) -> None:
 )
 def test_what_does_not_fit_together_is_left_as_it_was(bench: Bench, offer: Offer) -> None:
     ours, theirs = bench.connects()
-    assert bench.offload.take(ours, offer, 77) is None
+    assert bench.takes(ours, offer, 77) is None
     assert (bench.carried(), bench.offload.refused) == (0, 1)
     assert talks(ours, theirs)
 
 
 def test_a_client_without_window_scale_is_told_of_none(bench: Bench) -> None:
     ours, _ = bench.connects()
-    taken = bench.offload.take(ours, LINUX._replace(scale=None), 77)
+    taken = bench.takes(ours, LINUX._replace(scale=None), 77)
     assert taken is not None
     assert taken[1].scale is None
 
@@ -168,17 +173,53 @@ def test_a_destination_that_has_spoken_is_left_as_it_was(bench: Bench) -> None:
     ours, theirs = bench.connects()
     theirs.sendall(b"220 ready")
     assert wait_until(lambda: ours.recv(100, socket.MSG_PEEK))
-    assert bench.offload.take(ours, LINUX, 77) is None
+    assert bench.takes(ours, LINUX, 77) is None
     assert bench.carried() == 0
     assert ours.recv(100) == b"220 ready"
     assert talks(ours, theirs)
+
+
+def test_what_a_proxy_said_before_may_wait_in_the_socket(bench: Bench) -> None:
+    """Nobody needs it any more, and reading it would be a system call."""
+    ours, theirs = bench.connects()
+    theirs.sendall(b"granted")
+    assert wait_until(lambda: ours.recv(100, socket.MSG_PEEK))
+    taken = bench.takes(ours, LINUX, 77, unread=len(b"granted"), address=SERVER4)
+    assert taken is not None
+    bench.offload.release([taken[0]])
+    ours.close()
+    theirs.settimeout(0.3)
+    with pytest.raises(TimeoutError):  # nor does it make a reset of the end
+        theirs.recv(10)
+
+
+@pytest.mark.parametrize("unread", [3, 8])
+def test_more_or_less_than_that_is_the_destinations(bench: Bench, unread: int) -> None:
+    ours, theirs = bench.connects()
+    theirs.sendall(b"granted")
+    assert wait_until(lambda: ours.recv(100, socket.MSG_PEEK))
+    assert bench.takes(ours, LINUX, 77, unread=unread) is None
+    assert ours.recv(100) == b"granted"
+    assert talks(ours, theirs)
+
+
+def test_clients_without_timestamps_are_known_not_to_fit_for_a_while(bench: Bench) -> None:
+    """Their connections would be entered, and taken out again, for nothing."""
+    ours, _ = bench.connects()
+    for refused in (1, 2):
+        assert bench.takes(ours, LINUX._replace(stamp=None), 77) is None
+        assert bench.offload.refused == refused
+        assert SERVER4 in bench.offload._stamping
+    assert bench.takes(ours, LINUX, 77) is not None  # which is about those clients alone
+    bench.offload.follow({SERVER4: "wan0"})  # another network, and another proxy perhaps
+    assert not bench.offload._stamping
 
 
 def test_a_destination_that_has_closed_is_left_as_it_was(bench: Bench) -> None:
     ours, theirs = bench.connects()
     theirs.shutdown(socket.SHUT_WR)
     assert ours.recv(10, socket.MSG_PEEK) == b""
-    assert bench.offload.take(ours, LINUX, 77) is None
+    assert bench.takes(ours, LINUX, 77) is None
     ours.sendall(b"still here")
     assert theirs.recv(100) == b"still here"
 
@@ -189,7 +230,7 @@ def test_a_connection_that_is_broken_is_left_as_it_was(bench: Bench) -> None:
     theirs.close()
     with pytest.raises(ConnectionResetError):
         ours.recv(10)
-    assert bench.offload.take(ours, LINUX, 77) is None
+    assert bench.takes(ours, LINUX, 77) is None
     assert bench.carried() == 0
 
 
@@ -197,29 +238,29 @@ def test_who_was_never_captured_is_no_client(bench: Bench) -> None:
     """This host itself, or somebody behind an interface that is captured from by routes."""
     ours, theirs = bench.connects()
     stranger = LINUX._replace(key=packed("10.9.0.77") + KEY[4:])
-    assert bench.offload.take(ours, stranger, 77) is None
+    assert bench.takes(ours, stranger, 77) is None
     assert talks(ours, theirs)
 
 
 def test_client_and_proxy_are_of_one_family(bench: Bench) -> None:
     ours, theirs = bench.connects()
     six = LINUX._replace(key=packed("fd00:9::2") + packed("2001:db8::5") + KEY[-4:])
-    assert bench.offload.take(ours, six, 77) is None
+    assert bench.takes(ours, six, 77) is None
     assert talks(ours, theirs)
 
 
 def test_a_proxy_on_this_host_is_left_to_ztun(bench: Bench) -> None:
     bench.offload.follow({"127.0.0.1": "lo"})
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as ours:
-        assert bench.offload.take(ours, LINUX, 77) is None
+        assert bench.takes(ours, LINUX, 77) is None
 
 
 def test_an_address_that_nobody_told_of_is_looked_up_once(bench: Bench) -> None:
     bench.offload.follow({})
     ours, _ = bench.connects()
-    assert bench.offload.take(ours, LINUX, 77) is not None
+    assert bench.takes(ours, LINUX, 77) is not None
     again, _ = bench.connects()
-    assert bench.offload.take(again, LINUX._replace(key=KEY[:-4] + struct.pack("!HH", 40001, 80)), 77) is not None
+    assert bench.takes(again, LINUX._replace(key=KEY[:-4] + struct.pack("!HH", 40001, 80)), 77) is not None
 
 
 def test_when_all_places_are_taken_the_rest_is_left_to_ztun(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,17 +268,17 @@ def test_when_all_places_are_taken_the_rest_is_left_to_ztun(bench: Bench, monkey
     monkeypatch.setattr(bench.offload, "_free", deque())
     pairs = [bench.connects() for _ in range(3)]
     keys = [KEY[:-4] + struct.pack("!HH", 40000 + number, 80) for number in range(3)]
-    taken = [bench.offload.take(ours, LINUX._replace(key=key), 77) for (ours, _), key in zip(pairs, keys, strict=True)]
+    taken = [bench.takes(ours, LINUX._replace(key=key), 77) for (ours, _), key in zip(pairs, keys, strict=True)]
     assert [one is not None for one in taken] == [True, True, False]
     assert talks(*pairs[2])
     assert taken[0] is not None
     bench.offload.release([taken[0][0]])
-    assert bench.offload.take(pairs[2][0], LINUX._replace(key=keys[2]), 77) is not None
+    assert bench.takes(pairs[2][0], LINUX._replace(key=keys[2]), 77) is not None
 
 
 def test_a_proxy_by_another_interface_takes_its_connections_along(bench: Bench) -> None:
     ours, theirs = bench.connects()
-    taken = bench.offload.take(ours, LINUX, 77)
+    taken = bench.takes(ours, LINUX, 77)
     assert taken is not None
     bench.hears_client(taken[0])
     bench.world.gateway.ip("link set wan0 down", "link set wan0 name wan1", "link set wan1 up")
@@ -253,7 +294,7 @@ def test_a_proxy_that_knows_nothing_of_what_is_sent_is_left_to_ztun(bench: Bench
     for number in range(4):
         ours, theirs = bench.connects()
         offer = LINUX._replace(key=KEY[:-4] + struct.pack("!HH", 40000 + number, 80))
-        taken = bench.offload.take(ours, offer, 77)
+        taken = bench.takes(ours, offer, 77)
         assert (taken is None) == (number == 3)
         if taken is not None:
             bench.hears_client(taken[0])
@@ -269,18 +310,18 @@ def test_connections_that_ipsec_might_encrypt_are_left_to_ztun(bench: Bench, mon
     try:
         monkeypatch.setattr(bench.offload, "_next_look", 0.0)
         ours, theirs = bench.connects()
-        assert bench.offload.take(ours, LINUX, 77) is None
+        assert bench.takes(ours, LINUX, 77) is None
         assert talks(ours, theirs)
     finally:
         bench.world.gateway.ip("xfrm policy flush")
     bench.offload._next_look = 0.0
-    assert bench.offload.take(ours, LINUX, 77) is not None
+    assert bench.takes(ours, LINUX, 77) is not None
 
 
 def test_without_a_way_its_socket_believes_nothing(bench: Bench) -> None:
     """Else the kernel would acknowledge what the client never gets."""
     ours, theirs = bench.connects()
-    taken = bench.offload.take(ours, LINUX, 77)
+    taken = bench.takes(ours, LINUX, 77)
     assert taken is not None
     bench.offload.follow({SERVER4: "nothing0"})
     for _, hook in bench.offload._hooks.values():

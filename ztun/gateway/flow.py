@@ -56,14 +56,24 @@ class Flow:
             gateway.engine.poller.closing(sock.fileno())
             sock.close()
             return
-        carrier = gateway.carrier
-        if carrier is not None and not more:
-            self.relay = carrier.take(self.conn, sock, self.relay_closed)
-        if self.relay is None:
-            relay = TcpRelay(gateway.engine, self.conn, sock, more, self.relay_closed)
-            self.relay = relay
-            self.conn.accept(relay, gateway.engine.now())
+        if gateway.carrier is not None and not more and self.dialling is None and self.carry(sock, "", 0, 0):
+            return  # it was connected before anybody could say how it may go on
+        relay = TcpRelay(gateway.engine, self.conn, sock, more, self.relay_closed)
+        self.relay = relay
+        self.conn.accept(relay, gateway.engine.now())
         gateway.engine.send()
+
+    def carry(self, sock: socket.socket, address: str, port: int, unread: int) -> bool:
+        """The outbound is there: have the kernel carry the flow, if it can. See ztun.ports.Carry."""
+        gateway = self._gateway
+        if self.conn.is_closed:
+            return False
+        assert gateway.carrier is not None
+        self.relay = gateway.carrier.take(self.conn, sock, address, port, unread, self.relay_closed)
+        if self.relay is None:
+            return False
+        gateway.engine.send()
+        return True
 
     def failed(self, error: OutboundError) -> None:
         """The outbound is not to be had: say so to the client."""

@@ -193,7 +193,9 @@ class Gateway:
         flow = conn.handler = Flow(self, conn, route, now)
         self._flows.add(flow)
         self._young[flow] = now
-        flow.dialling = route.outbound.dial(route.destination, flow.connected, flow.failed)
+        dialling = flow.dialling = route.outbound.dial(route.destination, flow.connected, flow.failed)
+        if self.carrier is not None and not dialling.over:
+            dialling.carry = flow.carry
 
     def udp_received(self, datagram: Datagram, now: float) -> None:
         if self._draining:

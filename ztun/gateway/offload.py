@@ -184,11 +184,20 @@ class Carrier:
         return len(self._relays)
 
     def take(
-        self, conn: Connection, sock: socket.socket, on_closed: Callable[[KernelRelay], None]
+        self,
+        conn: Connection,
+        sock: socket.socket,
+        address: str,
+        port: int,
+        unread: int,
+        on_closed: Callable[[KernelRelay], None],
     ) -> KernelRelay | None:
-        """Have the kernel carry a connection that waits for its answer, and answer it. None: it cannot be."""
+        """Have the kernel carry a connection that waits for its answer, and answer it. None: it cannot be.
+
+        address, port, unread: see ztun.ports.Offload.take.
+        """
         now = self.engine.now()
-        found = self.offload.take(sock, conn.offer(), conn.stamp(now))
+        found = self.offload.take(sock, address, port, unread, conn.offer(), conn.stamp(now))
         if found is None:
             return None
         place, terms = found

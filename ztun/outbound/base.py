@@ -20,6 +20,7 @@ from ztun.outbound.resolving import Resolve as Resolve
 from ztun.outbound.resolving import resolved
 from ztun.outbound.verdict import Datagrams, DatagramVerdict
 from ztun.ports import (
+    Carry,
     Connected,
     DatagramHandler,
     DatagramLink,
@@ -410,6 +411,7 @@ class Nothing:
     """A dial that was over before it began."""
 
     over = True
+    carry: Carry | None = None
 
     def cancel(self) -> None:
         pass

@@ -1,7 +1,7 @@
 """One dial: resolve, connect, talk to the proxy. Callbacks all the way, since a task costs as much as the rest.
 
 Nothing is taken from the socket that is not the proxy's. The first bytes of the destination may share a segment with
-the proxy's last reply, so reads peek first, and only what the dialogue claims is then taken. Where the dialogue knows
+the proxy's last reply, so reads peek, and what the dialogue claims is taken when it is done. Where the dialogue knows
 how much will come at least, that much is read at once, and nobody is woken before it is there.
 """
 
@@ -16,9 +16,21 @@ from typing import Final, Protocol
 
 from ztun.outbound import tcp
 from ztun.outbound.errors import os_error
-from ztun.ports import ENDED, READABLE, WRITABLE, Connected, Failed, Failure, OutboundError, Poller, SocketFactory
+from ztun.ports import (
+    ENDED,
+    READABLE,
+    WRITABLE,
+    Carry,
+    Connected,
+    Failed,
+    Failure,
+    OutboundError,
+    Poller,
+    SocketFactory,
+)
 
 _CHUNK: Final = 4096  # bytes to peek at; longer headers take several turns
+_MOST_KNOWN: Final = 1024  # bytes that are peeked at again and again before they are taken
 _MAY_READ: Final = READABLE | ENDED
 _PEEK: Final = int(socket.MSG_PEEK)
 
@@ -71,8 +83,8 @@ class Dial:
     """
 
     __slots__ = (
-        "_address", "_connected", "_dialler", "_failed", "_fd", "_least", "_race", "_sock", "_task", "_unsent", "cold",
-        "counted", "dialogue", "host", "port", "stage",
+        "_address", "_connected", "_dialler", "_failed", "_fd", "_known", "_least", "_race", "_sock", "_task", "_unsent",
+        "carry", "cold", "counted", "dialogue", "host", "port", "stage",
     )  # fmt: skip
 
     def __init__(
@@ -101,6 +113,8 @@ class Dial:
         self._task: asyncio.Task[None] | None = None
         self._unsent = b""
         self._least = 0
+        self._known = 0  # bytes that the dialogue has read, and nobody has taken from the socket yet
+        self.carry: Carry | None = None
         self.cold: Callable[[], None] | None = None
 
     @property
@@ -213,7 +227,19 @@ class Dial:
 
     def _finish(self, sock: socket.socket, more: bool) -> None:
         self._end()
+        if self.carry is not None and not more and self.carry(sock, self._address, self.port, self._known):
+            return
+        try:
+            tcp.relay_all(sock)
+            self._take_known(sock)
+        except OSError:
+            more = True  # it is broken, as who reads it next will hear
         self._connected(sock, more)
+
+    def _take_known(self, sock: socket.socket) -> None:
+        if self._known:
+            sock.recv(self._known)
+            self._known = 0
 
     # The dialogue with the proxy.
 
@@ -237,20 +263,28 @@ class Dial:
                     self._finish(sock, ended)
                     return
             while more:
+                known = self._known
                 data = sock.recv(_CHUNK, _PEEK)
                 if not data:
                     raise OutboundError(Failure.PROXY_FAILED, "it closed the connection instead of answering")
-                taken, answer = dialogue.receive(data)
-                sock.recv(taken)
+                if len(data) == known:
+                    if not ended:
+                        return  # the event was that of bytes which were there before
+                    self._take_known(sock)
+                    continue
+                taken, answer = dialogue.receive(data[known:] if known else data)
+                self._known += taken
                 self.cold = None
                 if answer:
                     self._send(answer)
                 if self.stage is Stage.OVER:
                     return
-                more = ended or len(data) > taken or len(data) == _CHUNK
+                more = ended or len(data) > self._known or len(data) == _CHUNK
                 if dialogue.done:
                     self._finish(sock, more)
                     return
+                if self._known > _MOST_KNOWN:
+                    self._take_known(sock)
         except (BlockingIOError, InterruptedError):
             return
         except OutboundError as error:
@@ -293,6 +327,7 @@ class Dial:
         self._dialler.poller.closing(self._fd)
         self._sock.close()
         self._sock = None
+        self._known = 0
         self._unsent = b""
         self.stage = Stage.RESOLVING
         again()

@@ -62,6 +62,12 @@ def keep_alive(sock: socket.socket, interval: int) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
+def relay_all(sock: socket.socket) -> None:
+    """Have a connection say everything at once, and hand over urgent bytes like others, or they are missing."""
+    sock.setsockopt(_TCP, _NODELAY, 1)
+    sock.setsockopt(_SOCKET, _OOBINLINE, 1)
+
+
 def _leads_nowhere(factory: SocketFactory, sock: socket.socket) -> bool:
     """Whether the link that the kernel chose for `sock` has no carrier: nobody would ever say so."""
     dead: frozenset[str] = getattr(factory, "dead", frozenset())
@@ -78,8 +84,6 @@ def begin(factory: SocketFactory, address: str, port: int, *, speaks: bool = Fal
     """
     sock = factory(family_of(address), socket.SOCK_STREAM)
     try:
-        sock.setsockopt(_TCP, _NODELAY, 1)
-        sock.setsockopt(_SOCKET, _OOBINLINE, 1)  # else urgent bytes are missing in the stream
         if speaks and _QUICKACK:
             sock.setsockopt(_TCP, _QUICKACK, 0)
         number = sock.connect_ex((address, port))

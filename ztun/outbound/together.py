@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable
 
 from ztun.ports import Dialling
@@ -35,7 +36,7 @@ class Together:
 
     def may(self) -> bool:
         """Whether to make use of it, now. Asks again after a while when the proxy was not to be reached."""
-        if self.known is None and asyncio.get_running_loop().time() >= self._not_before:
+        if self.known is None and time.monotonic() >= self._not_before:
             self.ask()
         return self.known is True
 

@@ -35,6 +35,7 @@ _FILTER = struct.pack("@HP", 1, ctypes.addressof(_DEAF))
 _ATTACH_FILTER: Final = 26  # asm-generic/socket.h
 _MASK: Final = 0xFFFFFFFF
 _ZERO: Final = bytes(4)
+_PEEK: Final = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 _STAMP_OPTIONS: Final = 12  # bytes of a header with timestamps
 
 
@@ -52,21 +53,24 @@ class Upstream(NamedTuple):
     window: int
 
 
-def freeze(sock: socket.socket) -> Upstream | None:
+def freeze(sock: socket.socket, unread: int) -> Upstream | None:
     """Take a connection from the kernel's TCP, and say where it is. `thaw` undoes it, also when it is None: something
-    that was sent was not acknowledged, or the other end has closed.
+    that was sent was not acknowledged, the other end has closed, or more has come than the `unread` bytes that wait.
     """
     get, put = sock.getsockopt, sock.setsockopt
     try:
         put(_TCP, _REPAIR, 1)
         put(_TCP, _REPAIR_QUEUE, _SEND_QUEUE)
         number = get(_TCP, _QUEUE_SEQ) & _MASK
-        put(_TCP, _REPAIR_QUEUE, _RECEIVE_QUEUE)
-        expected = get(_TCP, _QUEUE_SEQ) & _MASK
         state, options, scales, mss, unacked, own_mss, unsent, window = _INFO.unpack(get(_TCP, _TCP_INFO, _INFO_SIZE))
         if state != _ESTABLISHED or unacked or unsent or options & _NOT_PLAIN:
             return None
         stamp = get(_TCP, _TIMESTAMP) & _MASK if options & _HAS_STAMPS else None
+        # Last, for what was under way when its segments began to be kept away.
+        put(_TCP, _REPAIR_QUEUE, _RECEIVE_QUEUE)
+        expected = get(_TCP, _QUEUE_SEQ) & _MASK
+        if not _waits(sock, unread):
+            return None
     except OSError:
         return None
     if not options & _HAS_SCALE:
@@ -74,11 +78,11 @@ def freeze(sock: socket.socket) -> Upstream | None:
     return Upstream(number, expected, mss, own_mss, scales & 15, scales >> 4, options & _HAS_SACK != 0, stamp, window)
 
 
-def is_at_rest(sock: socket.socket, upstream: Upstream) -> bool:
-    """Whether nothing has come for a frozen connection that nobody has read."""
-    if fcntl.ioctl(sock.fileno(), termios.FIONREAD, _ZERO) != _ZERO:
-        return False
-    return sock.getsockopt(_TCP, _QUEUE_SEQ) & _MASK == upstream.expected
+def _waits(sock: socket.socket, unread: int) -> bool:
+    """Whether as many bytes wait to be read, and no more. Raises OSError."""
+    if unread:  # a peek is the cheaper one, but nothing there would be an exception
+        return len(sock.recv(unread + 1, _PEEK)) == unread
+    return fcntl.ioctl(sock.fileno(), termios.FIONREAD, _ZERO) == _ZERO
 
 
 def thaw(sock: socket.socket) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 import structlog
 
 from ztun.platform.linux import links, tables
-from ztun.platform.linux.frozen import agree, deafen, freeze, is_at_rest, thaw
+from ztun.platform.linux.frozen import Upstream, agree, deafen, freeze, thaw
 from ztun.platform.linux.hooks import Hook, detach
 from ztun.platform.linux.host import MakeHook
 from ztun.platform.linux.layout import FLOW, U32, Shared
@@ -38,9 +38,10 @@ log = structlog.get_logger("ztun.classifier")
 _FIXED = "16s16s16s16s4s4sIIIIBBBB"
 _GROWING_PART = "2B2BBBxxIIxxxxQQQIIIIQQQIIII"
 _GROWING = struct.Struct(f"={_GROWING_PART}")
-_SPLICE = struct.Struct(f"={_FIXED}{_GROWING_PART}")
-SPLICE_SIZE = _SPLICE.size
-_GROWING_AT: Final = _SPLICE.size - _GROWING.size
+# At the beginning: of what grows only `lan` is known.
+_FRESH = struct.Struct(f"={_FIXED}8xI88x")
+SPLICE_SIZE = _FRESH.size
+_GROWING_AT: Final = _FRESH.size - _GROWING.size
 # Offsets in struct splice: of `stamps` and what follows, of `uplink`, of `lan`.
 _STAMPS_AT: Final = 64 + 8 + 4
 _UPLINK: Final = _STAMPS_AT + 2 * 4
@@ -63,6 +64,7 @@ _FIRST = U32.pack(0)
 _MASK: Final = 0xFFFFFFFF
 _LOOKUP_INTERVAL: Final = 0.1  # seconds between two questions to the kernel, each of which takes some milliseconds
 _MOST_WAYS: Final = 4096
+_STAMPING: Final = 60.0  # seconds for which it is remembered that a proxy's connections have timestamps
 _MOST_DOUBTS: Final = 3
 _LOOK_INTERVAL: Final = 1.0  # seconds between looks at policies of IPsec
 _MOST_LANS: Final = 4096
@@ -70,7 +72,6 @@ _RESTING: Final = 512  # places that are free and are not taken, as long as ther
 _KEY4: Final = 12  # bytes of the key of an IPv4 flow
 _FIN_WINDOW: Final = 512  # of a segment that asks for nothing
 _MAPPED: Final = bytes(10) + b"\xff\xff"
-_NOTHING_YET: Final = (0,) * 14
 _PORTS = struct.Struct("!HH")
 _RST_HOPS: Final = 64
 
@@ -131,6 +132,7 @@ class KernelOffload:
         self._interfaces: dict[str, str] = {}  # address of a proxy -> name of the interface, as we were told
         self._ways: dict[str, _Way | None] = {}
         self._next_lookup = 0.0  # when the kernel may be asked of an address that nobody told of
+        self._stamping: dict[str, float] = {}  # proxies that do not fit clients without timestamps -> until when
         self._doubts: dict[bytes, int] = {}  # a proxy -> connections that it reset at once, one after the other
         self._next_look = 0.0
         self._transformed = False
@@ -151,6 +153,7 @@ class KernelOffload:
         self._interfaces = dict(ways)
         self._ways.clear()
         self._doubts.clear()
+        self._stamping.clear()
         self._lans.clear()
         self._is_ethernet.clear()
         for ifname in [ifname for ifname, (index, _) in self._hooks.items() if links.index_of(ifname) != index]:
@@ -235,61 +238,87 @@ class KernelOffload:
 
     # Connections.
 
-    def take(self, sock: socket.socket, offer: Offer, stamp: int) -> tuple[int, Terms] | None:
+    def take(
+        self, sock: socket.socket, address: str, port: int, unread: int, offer: Offer, stamp: int
+    ) -> tuple[int, Terms] | None:
         """See ztun.ports.Offload.take.
 
-        The connection is entered before it is known whether anything came for the socket meanwhile: what comes later
-        is dropped until the client has answered, and is sent again.
+        The connection is entered before it is taken from the kernel's TCP: what comes from then on is dropped until
+        the client has answered, and is sent again.
         """
         try:
-            proxy_address, proxy_port = sock.getpeername()[:2]
+            if not address:
+                address, port = sock.getpeername()[:2]
+            local_address, local_port = sock.getsockname()[:2]
         except OSError:  # it is broken already, which the relay will find
             return None
-        way = self._way(proxy_address)
+        way = self._way(address)
         key = offer.key
         is_v4 = len(key) == _KEY4
-        if way is None or is_v4 == (":" in proxy_address) or not (self._free or self._used < self._most):
+        if way is None or is_v4 == (":" in address) or not (self._free or self._used < self._most):
             return None
         client = _MAPPED + key[:4] if is_v4 else key[:16]
         lan = self._lan(client)
-        if lan is None or self._are_transformed():
+        if lan is None or self._are_transformed() or self._is_refused(address, offer):
             return None
-        upstream = freeze(sock)
-        terms = agree(offer, upstream) if upstream is not None else None
-        if upstream is None or terms is None:
-            thaw(sock)
-            self.refused += 1
-            return None
-        destination = _MAPPED + key[4:8] if is_v4 else key[16:32]
-        local_address, local_port = sock.getsockname()[:2]
         local = self._packed.get(local_address)
         if local is None:
             local = self._packed[local_address] = _pack(local_address)
-        ports = _PORTS.pack(local_port, proxy_port)
+        destination = _MAPPED + key[4:8] if is_v4 else key[16:32]
+        client_ports, ports = key[-4:], _PORTS.pack(local_port, port)
+        up, down = client + destination + client_ports, way.address + local + ports[2:] + ports[:2]
+        place = self._occupy()
+        upstream = freeze(sock, unread) if self._pairs.write(up, place << 1, down, place << 1 | 1) else None
+        terms = agree(offer, upstream) if upstream is not None else None
+        if upstream is None or terms is None:
+            self._give_back(place, up, down, sock)
+            if upstream is not None:
+                self._refuse(address, offer, upstream)
+            return None
         offset = (upstream.number - offer.number) & _MASK
         stamps = (upstream.stamp - offer.stamp) & _MASK if upstream.stamp is not None and offer.stamp is not None else 0
-        scaled = offer.scale is not None
-        # A program that runs on another CPU may still look at a place that was left a moment ago.
+        told = upstream.scale if offer.scale is not None else 0
+        _FRESH.pack_into(
+            self._memory, place * SPLICE_SIZE,
+            client, destination, local, way.address, client_ports, ports, offset, stamps, stamp, way.uplink,
+            offer.scale or 0, upstream.own_scale, upstream.scale, told, lan,
+        )  # fmt: skip
+        self._places[place] = _Place(
+            up, down, sock, local, way.address, ports, offset, upstream.number, upstream.expected
+        )  # fmt: skip
+        self._by_flow[down] = place
+        return place, terms
+
+    def _occupy(self) -> int:
+        """A place of which the programs know that nothing is there yet.
+
+        One that runs on another CPU may still look at a place that was left a moment ago.
+        """
         place = self._free.popleft() if len(self._free) > _RESTING or self._used == self._most else self._used
         self._used = max(self._used, place + 1)
-        _SPLICE.pack_into(
-            self._memory, place * SPLICE_SIZE,
-            client, destination, local, way.address, key[-4:], ports, offset, stamps, stamp, way.uplink,
-            offer.scale or 0, upstream.own_scale, upstream.scale, upstream.scale if scaled else 0,
-            0, 0, 0, 0, 0, 0, lan, 0, *_NOTHING_YET,
-        )  # fmt: skip
-        what = _Place(
-            client + destination + key[-4:], way.address + local + ports[2:] + ports[:2],
-            sock, local, way.address, ports, offset, upstream.number, upstream.expected,
-        )  # fmt: skip
-        if not self._pairs.write(what.up, place << 1, what.down, place << 1 | 1) or not is_at_rest(sock, upstream):
-            self._carried.delete_many((what.up, what.down))
-            self._free.append(place)
-            thaw(sock)
-            return None
-        self._places[place] = what
-        self._by_flow[what.down] = place
-        return place, terms
+        _INDEX.pack_into(self._memory, place * SPLICE_SIZE + _UPLINK, 0)
+        return place
+
+    def _give_back(self, place: int, up: bytes, down: bytes, sock: socket.socket) -> None:
+        """Nothing became of it."""
+        self._carried.delete_many((up, down))
+        self._free.append(place)
+        thaw(sock)
+
+    def _is_refused(self, address: str, offer: Offer) -> bool:
+        """Whether it is known already that a proxy wants timestamps of a client that has none, as Windows."""
+        if offer.stamp is not None or self._stamping.get(address, 0.0) < time.monotonic():
+            return False
+        self.refused += 1
+        return True
+
+    def _refuse(self, address: str, offer: Offer, upstream: Upstream) -> None:
+        """The two ends did not agree."""
+        self.refused += 1
+        if offer.stamp is None and upstream.stamp is not None:
+            if len(self._stamping) == _MOST_WAYS:
+                self._stamping.clear()
+            self._stamping[address] = time.monotonic() + _STAMPING
 
     def ended(self) -> list[int]:
         """See ztun.ports.Offload.ended."""

@@ -18,16 +18,15 @@ class Pairs:
     """Writes two entries of `carried` with one system call."""
 
     def __init__(self, fd: int) -> None:
-        self._keys = ctypes.create_string_buffer(2 * FLOW.size)
-        self._values = ctypes.create_string_buffer(2 * U32.size)
-        addresses = ctypes.addressof(self._keys), ctypes.addressof(self._values)
-        self._attr = bpfcall.attributes("=QQQQIIQQ", 0, 0, *addresses, 2, fd, 0, 0)
+        keys, values = ctypes.create_string_buffer(2 * FLOW.size), ctypes.create_string_buffer(_PAIR.size)
+        self._keys, self._values = memoryview(keys).cast("B"), memoryview(values).cast("B")
+        self._attr = bpfcall.attributes("=QQQQIIQQ", 0, 0, ctypes.addressof(keys), ctypes.addressof(values), 2, fd, 0, 0)
         self._call = bpfcall.Prepared(bpfcall.MAP_UPDATE_BATCH, self._attr)
 
     def write(self, key: bytes, value: int, other_key: bytes, other_value: int) -> bool:
         """Whether both are there now."""
-        self._keys.raw = key + other_key
-        self._values.raw = _PAIR.pack(value, other_value)
+        self._keys[:] = key + other_key
+        _PAIR.pack_into(self._values, 0, value, other_value)
         _COUNT.pack_into(self._attr, _COUNT_AT, 2)  # where the kernel says how many it has done
         return self._call() == 0
 

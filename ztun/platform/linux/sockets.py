@@ -6,12 +6,17 @@ import errno
 import os
 import resource
 import socket
+from typing import Final
 
 from ztun.errors import ZtunError
 
 # Descriptors that flows leave alone: making the TUN again, netlink, the log, the control socket and DNS need them when
 # it matters most. Of them, datagrams (DNS above all) may have those that streams leave.
 _RESERVE: dict[int, int] = {socket.SOCK_STREAM: 64, socket.SOCK_DGRAM: 32}
+_FLAGS: Final[int] = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+_STREAM: Final[int] = int(socket.SOCK_STREAM)
+_SOCKET: Final[int] = socket.SOL_SOCKET
+_MARK: Final[int] = socket.SO_MARK
 
 
 class MarkedSockets:
@@ -25,19 +30,20 @@ class MarkedSockets:
         self.dead: frozenset[str] = frozenset()
         # The kernel gives the lowest number that is free (open(2)), so a number says how many are in use at least.
         limit, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._ends = {kind: limit - min(reserve, limit // 4) for kind, reserve in _RESERVE.items()}
+        ends = {kind: limit - min(reserve, limit // 4) for kind, reserve in _RESERVE.items()}
+        self._stream_end, self._datagram_end = ends[socket.SOCK_STREAM], ends[socket.SOCK_DGRAM]
 
     def __call__(self, family: int, type: int) -> socket.socket:
         """Make a socket. Raises OSError as socket(2) does, EMFILE already when a reserve is left; ZtunError without
         CAP_NET_ADMIN.
         """
-        made = socket.socket(family, type | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        made = socket.socket(family, type | _FLAGS)
         try:
-            if made.fileno() >= self._ends.get(type, made.fileno() + 1):
+            if made.fileno() >= (self._stream_end if type == _STREAM else self._datagram_end):
                 made.close()
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             if self.mark:
-                made.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, self.mark)
+                made.setsockopt(_SOCKET, _MARK, self.mark)
         except PermissionError as error:
             made.close()
             raise ZtunError("cannot mark sockets: not permitted; run as root or with CAP_NET_ADMIN") from error
