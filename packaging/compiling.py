@@ -25,6 +25,8 @@ MODULES = (
     "ztun/stack/*.py",
     "ztun/outbound/*.py",
     "ztun/gateway/*.py",
+    "ztun/log/admission.py",
+    "ztun/log/repeats.py",
     "ztun/names/pool.py",
     "ztun/platform/linux/frozen.py",
     "ztun/platform/linux/offload.py",

@@ -98,7 +98,7 @@ def test_it_does_what_a_naive_bucket_does(lines: list[_Line], burst: int, rate: 
 
 async def test_the_count_comes_without_another_event(log: Log) -> None:
     log.configure(repeats=Limit(2, 0.001))
-    log.system._repeats._window = 0.05
+    log.system.admission.repeats._window = 0.05
     log.system.attach(asyncio.get_running_loop())
     for number in range(7):
         log.get("ztun.dns").warning("it happened again", number=number)
@@ -126,7 +126,7 @@ async def test_counts_are_written_when_the_process_ends_within_the_window(log: L
 
 async def test_what_another_thread_repeats_is_counted_too(log: Log) -> None:
     log.configure(repeats=Limit(1, 0.001))
-    log.system._repeats._window = 0.05
+    log.system.admission.repeats._window = 0.05
     log.system.attach(asyncio.get_running_loop())
 
     def repeat() -> None:

@@ -10,9 +10,11 @@ import logging
 from typing import Any, Final
 
 from ztun.gateway.routing import endpoint, text
+from ztun.log.admission import Admission
 from ztun.log.system import BoundLogger, log_system
 
 _INFO: Final = logging.INFO
+_COMPONENT: Final = "flow"
 
 
 class FlowLog:
@@ -21,6 +23,7 @@ class FlowLog:
     def __init__(self, log: BoundLogger) -> None:
         self._log = log
         self._threshold = log.threshold
+        self._admission: Admission = log.admission
 
     def finished(
         self,
@@ -45,7 +48,7 @@ class FlowLog:
         in the file, or a negative id of ztun.ports; up, down: payload bytes from and to the client; how: it ended;
         destinations: of a UDP session, which can have many and names the first one.
         """
-        if self._threshold.value > _INFO or not self._log.admit(_INFO, "flow ended"):
+        if self._threshold.value > _INFO or not self._admission.admit(_COMPONENT, "flow ended", _INFO):
             return
         values = _describe(protocol, client, client_port, host, port, name, rule, outbound)
         values["up"], values["down"], values["seconds"], values["how"] = up, down, round(seconds, 3), how
@@ -68,7 +71,7 @@ class FlowLog:
         name: str | None = None,
     ) -> None:
         """A flow was never connected. how: the `Failure`; detail: what the outbound said of it. Else as `finished`."""
-        if self._threshold.value > _INFO or not self._log.admit(_INFO, "flow refused"):
+        if self._threshold.value > _INFO or not self._admission.admit(_COMPONENT, "flow refused", _INFO):
             return
         values = _describe(protocol, client, client_port, host, port, name, rule, outbound)
         values["seconds"], values["how"], values["detail"] = round(seconds, 3), how, detail

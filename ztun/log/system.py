@@ -21,11 +21,12 @@ import structlog
 from structlog.typing import Processor
 
 from ztun.errors import ConfigError
+from ztun.log.admission import Admission
 from ztun.log.clean import Cleaner
 from ztun.log.components import PREFIX, Levels, Threshold, component_name
 from ztun.log.lines import processors
 from ztun.log.outputs import FileOutput, Output, StreamOutput, is_journal
-from ztun.log.repeats import WINDOW, Limit, Repeats
+from ztun.log.repeats import WINDOW, Limit
 
 # Their "info" is our "debug": libraries tell more than a gateway's log should hold.
 _QUIET = logging.WARNING
@@ -66,10 +67,8 @@ class LogSystem:
         self._output: Output | None = None
         # One list for good, changed in place: loggers that were made before keep it.
         self._processors: list[Processor] = processors(Cleaner(), "console")
-        self._repeats: Repeats[tuple[str, str, int]] = Repeats()
-        self._limits: dict[str, Limit] = {}
-        self._limit = _UNLIMITED
         self._lock = threading.RLock()
+        self.admission = Admission(self._lock, _UNLIMITED, self._began_to_hold_back)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -82,10 +81,9 @@ class LogSystem:
         output = _make_output(options)
         self.close()
         self._output = output
+        self.admission.is_open = output is not None
         self._processors[:] = _make_processors(options)
-        self._limit = options.repeats or _UNLIMITED
-        self._limits = {"flow": options.flows or _UNLIMITED}
-        self._repeats = Repeats()
+        self.admission.begin(options.repeats or _UNLIMITED, {"flow": options.flows or _UNLIMITED})
         structlog.configure(
             processors=self._processors,
             wrapper_class=BoundLogger,
@@ -99,7 +97,7 @@ class LogSystem:
         """Let counts of held-back lines be written on time, by this loop."""
         with self._lock:
             self._loop = loop
-            if self._repeats.next_end is not None:
+            if self.admission.repeats.next_end is not None:
                 self._arm()
 
     def detach(self) -> None:
@@ -115,6 +113,7 @@ class LogSystem:
         """Let go of the output. Lines that come later are dropped."""
         with self._lock:
             output, self._output = self._output, None
+            self.admission.is_open = False
         if output is not None:
             output.close()
 
@@ -134,24 +133,12 @@ class LogSystem:
         """For `status --json`. fault: why the last line could not be written, None when it was."""
         return {
             "written": self.written,
-            "suppressed": self._repeats.suppressed,
+            "suppressed": self.admission.repeats.suppressed,
             "dropped": self.dropped,
             "fault": self._fault,
         }
 
     # The way of a line.
-
-    def admit(self, component: str, event: str, level: int) -> bool:
-        """Whether one more line of this kind may be written now; what may not is counted. Never before `configure`."""
-        if self._output is None:
-            return False
-        with self._lock:
-            limit = self._limits.get(component, self._limit)
-            was_quiet = self._repeats.next_end is None
-            admitted = self._repeats.admit((component, event, level), limit, time.monotonic())
-            if was_quiet and not admitted and self._loop is not None:
-                self._loop.call_soon_threadsafe(self._arm)
-            return admitted
 
     def write(self, level: int, line: str) -> None:
         """Hand a line to the output. level: a number of `logging`."""
@@ -174,9 +161,13 @@ class LogSystem:
 
     # Counts of what was held back.
 
+    def _began_to_hold_back(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._arm)
+
     def _arm(self) -> None:
         with self._lock:
-            end, loop = self._repeats.next_end, self._loop
+            end, loop = self.admission.repeats.next_end, self._loop
             if end is not None and loop is not None and self._timer is None:
                 self._timer = loop.call_later(max(end - time.monotonic(), 0.0), self._window_ended)
 
@@ -187,7 +178,7 @@ class LogSystem:
             self._arm()
 
     def _write_counts(self, now: float) -> None:
-        for (component, event, level), count in self._repeats.ended(now):
+        for (component, event, level), count in self.admission.repeats.ended(now):
             values = {"of": event, "count": count, "seconds": WINDOW}
             self.bound(PREFIX + component).admitted(level, "lines suppressed", values)
 
@@ -212,17 +203,18 @@ class LogSystem:
 class Logger:
     """What structlog wraps: one name of `get_logger`, the threshold of its component, and the way out."""
 
-    __slots__ = ("_component", "_system", "name", "threshold")
+    __slots__ = ("_component", "_system", "admission", "name", "threshold")
 
     def __init__(self, system: LogSystem, name: str) -> None:
         self.name = name
         self._component = component_name(name)
         self.threshold = system.levels.threshold(self._component)
+        self.admission = system.admission
         self._system = system
 
     def admit(self, event: str, level: int) -> bool:
         """Whether a line of this kind may be written now. Looks at the level first, and at nothing else below it."""
-        return level >= self.threshold.value and self._system.admit(self._component, event, level)
+        return level >= self.threshold.value and self.admission.admit(self._component, event, level)
 
     def give_up(self, error: Exception) -> None:
         """A line could not be made."""
@@ -287,11 +279,16 @@ class BoundLogger(structlog.BoundLoggerBase):
         return level >= self._logger.threshold.value
 
     def admit(self, level: int, event: str) -> bool:
-        """Whether such a line may be written now; one that may then goes to `admitted`. For lines dear to make."""
+        """Whether such a line may be written now; one that may then goes to `admitted`."""
         return self._logger.admit(event, level)
 
+    @property
+    def admission(self) -> Admission:
+        """What `admit` asks when the level allows a line, for who asks all the time."""
+        return self._logger.admission
+
     def admitted(self, level: int, event: str, values: dict[str, Any]) -> None:
-        """Write a line that `admit` said yes to."""
+        """Write a line that may be written."""
         method = _METHODS[min(level // 10 * 10, logging.CRITICAL)]
         try:
             line, _ = self._process_event(method, event, values)

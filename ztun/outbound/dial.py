@@ -83,8 +83,8 @@ class Dial:
     """
 
     __slots__ = (
-        "_address", "_connected", "_dialler", "_failed", "_fd", "_known", "_least", "_race", "_sock", "_task", "_unsent",
-        "carry", "cold", "counted", "dialogue", "host", "port", "stage",
+        "_address", "_connected", "_dialler", "_failed", "_fd", "_known", "_least", "_race", "_sock", "_task",
+        "_unsent", "carry", "cold", "counted", "dialogue", "host", "port", "stage",
     )  # fmt: skip
 
     def __init__(
