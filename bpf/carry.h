@@ -18,6 +18,32 @@
 #define LEAD_SACK 0x01010500
 #define LENGTH_STAMPS 12
 
+/* Of a flow as it is entered in `carried`: its address6 and ports as 32-bit words of this machine, one behind the other,
+ * as digits of a number to the base 2^32, modulo the prime 2^31 - 1, in which 2^32 is 2; then mixed. 31 bits.
+ */
+#define HASH_PRIME 0x7fffffffULL
+#define HASH_FACTOR 1640531527ULL
+#define FLOW_WORDS 9
+
+static __always_inline __u32 flow_hash(struct flow *flow)
+{
+	__u32 *words = (__u32 *)flow;
+	__u64 sum = 0;
+
+	for (int i = 0; i < FLOW_WORDS; i++)
+		sum += (__u64)words[i] << i;
+	return sum % HASH_PRIME * HASH_FACTOR % HASH_PRIME;
+}
+
+/* Whether the splice is that of the flow. */
+static __always_inline bool is_of(struct splice *splice, struct flow *flow, bool up)
+{
+	return flow->local_port == (up ? splice->client_port : splice->proxy_port) &&
+	       flow->remote_port == (up ? splice->destination_port : splice->local_port) &&
+	       is_same_address(&flow->local, up ? &splice->client : &splice->proxy) &&
+	       is_same_address(&flow->remote, up ? &splice->destination : &splice->local);
+}
+
 struct segment {
 	__be16 source;
 	__be16 destination;

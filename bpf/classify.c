@@ -50,10 +50,10 @@ BPF_TABLE("lru_hash", struct flow, s32, flows, MAX_FLOWS);
 BPF_TABLE("lru_hash", struct flow, u64, arrivals, MAX_ARRIVALS);
 BPF_TABLE("lru_hash", struct piece, s32, pieces, MAX_PIECES);
 BPF_TABLE("lru_hash", struct address6, struct client, homes, MAX_HOMES);
-/* Connections that need ztun no more. carried: those of clients and of proxies -> place among the splices, twice. */
-BPF_F_TABLE("hash", struct flow, u32, carried, MAX_CARRIED, BPF_F_NO_PREALLOC);
+/* Connections that need ztun no more: the flows of clients and of proxies, what they are made into, and whose end came. */
+BPF_F_TABLE("array", u32, struct bucket, carried, CARRIED_BUCKETS, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct splice, splices, MAX_SPLICES, BPF_F_MMAPABLE);
-BPF_QUEUE(ended, u32, MAX_CARRIED);
+BPF_F_TABLE("array", u32, struct news, ended, 1, BPF_F_MMAPABLE);
 BPF_PROG_ARRAY(jumps, 1);
 BPF_PERCPU_ARRAY(counters, struct counter, COUNTERS);
 BPF_PERCPU_ARRAY(rules, struct counter, MAX_RULES + RULE_OFFSET);
@@ -172,13 +172,6 @@ static __always_inline struct recent *find_place(struct address6 *address)
 	__u32 place = (words[0] ^ words[1] ^ words[2] ^ words[3]) * 0x9e3779b1u >> (32 - RECENT_BITS);
 
 	return recents.lookup(&place);
-}
-
-static __always_inline bool is_same_address(struct address6 *one, struct address6 *other)
-{
-	__u32 *words = (__u32 *)one, *others = (__u32 *)other;
-
-	return !((words[0] ^ others[0]) | (words[1] ^ others[1]) | (words[2] ^ others[2]) | (words[3] ^ others[3]));
 }
 
 /* Tell of the hits of one that has to make room. */
@@ -482,6 +475,38 @@ int reply(struct __sk_buff *skb)
 	return redirect_neigh(target, NULL, 0, 0);
 }
 
+/* The splice that carries a flow, and its place; NULL: none does. */
+static __always_inline struct splice *find_splice(struct flow *flow, bool up, __u32 *place)
+{
+	__u32 hash = flow_hash(flow), index = hash % CARRIED_BUCKETS, tag = (hash >> 15 | 1) << 16 | !up;
+	struct bucket *bucket = carried.lookup(&index);
+	struct splice *splice;
+
+	if (!bucket)
+		return NULL; /* never: an array has all its elements */
+#pragma unroll
+	for (int i = 0; i < CARRIED_SLOTS; i++) {
+		__u32 slot = bucket->slots[i];
+
+		if ((slot & 0xffff0001) != tag)
+			continue;
+		*place = slot >> 1 & (MAX_SPLICES - 1);
+		splice = splices.lookup(place);
+		if (splice && is_of(splice, flow, up))
+			return splice;
+	}
+	return NULL;
+}
+
+static __always_inline void tell_end(__u32 place)
+{
+	__u32 index = 0;
+	struct news *news = ended.lookup(&index);
+
+	if (news)
+		news->places[place & (MAX_SPLICES - 1)] = 1;
+}
+
 /*
  * Carry a segment on where its connection is carried. 0: it is none of these; else what becomes of it. Who begins a
  * connection anew is nobody's old acquaintance: a SYN is never carried. What cannot be carried is lost: to the kernel's
@@ -490,7 +515,7 @@ int reply(struct __sk_buff *skb)
 static __always_inline int carry_on(struct __sk_buff *skb, struct packet *packet, struct settings *setting, bool up)
 {
 	struct flow flow = {.local = packet->source, .remote = packet->destination};
-	__u32 header, place, *known, target;
+	__u32 header, place, target;
 	struct splice *splice;
 	struct segment segment;
 	int result;
@@ -500,13 +525,11 @@ static __always_inline int carry_on(struct __sk_buff *skb, struct packet *packet
 		return 0;
 	flow.local_port = segment.source;
 	flow.remote_port = segment.destination;
-	known = carried.lookup(&flow);
-	if (!known || (*known & 1) == up)
+	splice = find_splice(&flow, up, &place);
+	if (!splice)
 		return 0;
-	place = *known >> 1;
-	splice = splices.lookup(&place);
 	header = (segment.words >> 4) * 4;
-	if (!splice || header < TCP_HEADER || packet->offset + header > packet->length || hops_left(skb, packet) < 2)
+	if (header < TCP_HEADER || packet->offset + header > packet->length || hops_left(skb, packet) < 2)
 		return drop(DROP_UNCARRIED, packet->length);
 	/* It is being taken from the kernel's TCP just now, which is not to hear of this any more. */
 	if (!splice->uplink)
@@ -523,7 +546,7 @@ static __always_inline int carry_on(struct __sk_buff *skb, struct packet *packet
 	if (result)
 		return drop(result > 0 ? DROP_UNCARRIED : DROP_NO_ROOM, packet->length);
 	if (note_segment(splice, up, &segment, packet->length - packet->offset - header))
-		ended.push(&place, 0);
+		tell_end(place);
 	count(COUNTER_PASS + (up ? PASS_UP : PASS_DOWN), packet->length);
 	return redirect_neigh(target, NULL, 0, 0);
 }

@@ -183,3 +183,10 @@ static __always_inline int parse_ports(struct __sk_buff *skb, __u32 link_header,
 	packet->destination_port = bpf_htons((__u16)bpf_ntohl(ports));
 	return 0;
 }
+
+static __always_inline bool is_same_address(struct address6 *one, struct address6 *other)
+{
+	__u32 *words = (__u32 *)one, *others = (__u32 *)other;
+
+	return !((words[0] ^ others[0]) | (words[1] ^ others[1]) | (words[2] ^ others[2]) | (words[3] ^ others[3]));
+}

@@ -89,7 +89,9 @@ enum host_verdict {
 #define MAX_PIECES 1024
 #define MAX_HOMES 1024
 #define MAX_SPLICES 32768
-#define MAX_CARRIED (2 * MAX_SPLICES)
+/* Where carried connections are found: so many buckets, by flow_hash() of carry.h; places in each. */
+#define CARRIED_BUCKETS 32768
+#define CARRIED_SLOTS 8
 #define RECENT_BITS 9
 #define MAX_RECENT (1 << RECENT_BITS)
 
@@ -227,4 +229,17 @@ struct splice {
 	__u32 back;        /* from the proxy's timestamps to the client's */
 	struct way up;
 	struct way down;
+};
+
+/*
+ * Of each slot the upper half is of the hash, and never 0; then the place among the splices, and whether it is about
+ * `down`. 0: free. Python writes one slot at a time, programs only read.
+ */
+struct bucket {
+	__u32 slots[CARRIED_SLOTS];
+};
+
+/* 1: there is news of the splice at this place. Octets, since two CPUs may write at once; Python sets them back. */
+struct news {
+	__u8 places[MAX_SPLICES];
 };

@@ -28,10 +28,11 @@ MODULES = (
     "ztun/log/admission.py",
     "ztun/log/repeats.py",
     "ztun/names/pool.py",
+    "ztun/platform/linux/clients.py",
     "ztun/platform/linux/frozen.py",
+    "ztun/platform/linux/mapped.py",
     "ztun/platform/linux/offload.py",
     "ztun/platform/linux/poller.py",
-    "ztun/platform/linux/prepared.py",
     "ztun/platform/linux/sockets.py",
     "ztun/platform/linux/tun.py",
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +19,9 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.inet6 import IPv6
 
 from ztun.platform.linux import offload, tables
-from ztun.platform.linux.layout import FLOW, U32, U64
+from ztun.platform.linux.layout import FLOW, U32, U64, find_sources, read_shared
+from ztun.platform.linux.mapped import Carried, News, flow_hash
 from ztun.platform.linux.maps import Map
-from ztun.platform.linux.prepared import Queue
 
 CLIENT = {4: "10.9.0.2", 6: "fd00:9::2"}
 FAR = {4: "203.0.113.5", 6: "2001:db8::5"}
@@ -42,6 +42,7 @@ class Spliced:
     offset: int = 1_000_000
     stamps: int = 7_000
     base: int = 500
+    uplink: int = 1
     shifts: tuple[int, int, int, int] = (7, 7, 7, 7)
     heard: int = 1  # packets of the client so far
 
@@ -50,7 +51,7 @@ class Spliced:
         addresses = [wide(one[self.version]) for one in (CLIENT, FAR, LOCAL, PROXY)]
         ports = struct.pack("!HHHH", CLIENT_PORT, FAR_PORT, LOCAL_PORT, PROXY_PORT)
         fixed = (
-            b"".join(addresses) + ports + struct.pack("=IIII4B", self.offset, self.stamps, self.base, 1, *self.shifts)
+            b"".join(addresses) + ports + struct.pack("=IIII4B", self.offset, self.stamps, self.base, self.uplink, *self.shifts)
         )
         growing = bytes(20) + struct.pack("=Q", self.heard)
         return (fixed + growing).ljust(offload.SPLICE_SIZE, b"\0")
@@ -63,18 +64,26 @@ def wide(address: str) -> bytes:
 class Carrying:
     """A bench with one connection. `back` is what was added to the proxy's first timestamp, as the client sees it."""
 
-    def __init__(self, bench: Bench, spliced: Spliced) -> None:
+    def __init__(self, bench: Bench, spliced: Spliced, crowd: Sequence[tuple[bytes, bool]] = ()) -> None:
+        """crowd: other flows that are carried, before this one: key, and whether it is about `down`."""
         self.bench = bench
         self.spliced = spliced
         self.back: int | None = None
         maps = bench.objects.maps
         self._splices = Map(maps["splices"], U32.size, offload.SPLICE_SIZE)
         self._splices.update(U32.pack(PLACE), spliced.record)
-        carried, version = Map(maps["carried"], *offload.MAPS["carried"][:2]), spliced.version
+        version, constants = spliced.version, read_shared(find_sources()).constants
+        carried = Carried(maps["carried"], constants["CARRIED_BUCKETS"], constants["CARRIED_SLOTS"])
+        carried.forget_all()
         up = FLOW.pack(wide(CLIENT[version]), wide(FAR[version]), CLIENT_PORT, FAR_PORT)
         down = FLOW.pack(wide(PROXY[version]), wide(LOCAL[version]), PROXY_PORT, LOCAL_PORT)
-        carried.update(up, U32.pack(PLACE << 1))
-        carried.update(down, U32.pack(PLACE << 1 | 1))
+        for place, (key, is_down) in enumerate(crowd, PLACE + 1):
+            assert carried.enter(key, place, down=is_down) >= 0
+        assert carried.enter(up, PLACE, down=False) >= 0
+        assert carried.enter(down, PLACE, down=True) >= 0
+        carried.close()
+        self._news = News(maps["ended"], constants["MAX_SPLICES"])
+        self._news.take()
 
     def send(self, way: str, segment: dict[str, Any], payload: bytes = b"") -> tuple[int, Any]:
         """(what the program returned, the packet it left), the latter without its Ethernet header."""
@@ -114,11 +123,19 @@ class Carrying:
         return name, value
 
     def ended(self) -> list[int]:
-        found = []
-        queue = Queue(self.bench.objects.maps["ended"])
-        while (place := queue.pop()) is not None:
-            found.append(place)
+        return self._news.take()
+
+
+def like(key: bytes, number: int, *, tag: bool) -> bytes:
+    """Another key of the same bucket, and of the same tag if asked for."""
+    words = list(struct.unpack("=9I", key))
+    if tag:  # the last word weighs 256 times as much as the first: the sum stays
+        words[0], words[8] = words[0] + 256 * number, words[8] - number
+        found = struct.pack("=9I", *words)
+        assert flow_hash(found) == flow_hash(key)
         return found
+    others = (struct.pack("=9I", number << 24 | one, *words[1:]) for one in range(1 << 24))
+    return next(other for other in others if (flow_hash(other) ^ flow_hash(key)) % 32768 == 0)
 
 
 def made(
@@ -135,9 +152,6 @@ def made(
 def bench() -> Iterator[Bench]:
     made_bench = Bench()
     made_bench.classifier.replace_rules(EVERYTHING)
-    news = Queue(made_bench.objects.maps["ended"])
-    while news.pop() is not None:
-        pass
     yield made_bench
     made_bench.close()
 
@@ -268,6 +282,29 @@ def test_before_the_client_has_answered_its_proxy_is_not_heard(bench: Bench) -> 
     assert carrying.send("down", {**PLAIN, "flags": RST})[0] == REDIRECT
     assert carrying.send("up", PLAIN)[0] == REDIRECT
     assert carrying.send("down", PLAIN, b"220 ready")[0] == REDIRECT
+
+
+def test_what_is_just_being_taken_goes_nowhere(bench: Bench) -> None:
+    """The kernel's TCP hears nothing more of it, and whatever the client sends is for ztun, which has not answered it."""
+    carrying = Carrying(bench, Spliced(uplink=0))
+    for flags in (ACK, RST, ACK | FIN):
+        assert carrying.send("down", {**PLAIN, "flags": flags}, b"220 ready")[0] == SHOT
+    assert bench.counted() == {"drop": 3, "drop_early": 3}
+    result, found = carrying.send("up", PLAIN)
+    assert (result, bytes(found)) == (REDIRECT, bytes(carrying.packet("up", PLAIN, b"")))  # into the TUN
+    assert bench.counted()["tunnel"] == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_is_found_among_others_of_the_same_hash(bench: Bench, way: str) -> None:
+    """Five others are in its bucket, two of them with the same tag; one is its own in the other direction."""
+    ends = (CLIENT, FAR, CLIENT_PORT, FAR_PORT) if way == "up" else (PROXY, LOCAL, PROXY_PORT, LOCAL_PORT)
+    key = FLOW.pack(wide(ends[0][4]), wide(ends[1][4]), *ends[2:])
+    crowd = [(like(key, number, tag=True), way == "down") for number in (1, 2)] + [(key, way == "up")]
+    crowd += [(like(key, number, tag=False), way == "down") for number in (3, 4)]
+    carrying = Carrying(bench, Spliced(), crowd)
+    result, found = carrying.send(way, PLAIN)
+    assert (result, bytes(found)) == (REDIRECT, bytes(carrying.expected(way, PLAIN, b"")))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -19,14 +19,15 @@ from typing import Any, Final, NamedTuple
 import structlog
 
 from ztun.platform.linux import links, tables
+from ztun.platform.linux.clients import Clients
 from ztun.platform.linux.frozen import Upstream, agree, deafen, freeze, thaw
 from ztun.platform.linux.hooks import Hook, detach
 from ztun.platform.linux.host import MakeHook
 from ztun.platform.linux.layout import FLOW, U32, Shared
+from ztun.platform.linux.mapped import Carried, News
 from ztun.platform.linux.maps import Map
 from ztun.platform.linux.netlink import NetlinkError, explain
 from ztun.platform.linux.path_errors import PathErrors
-from ztun.platform.linux.prepared import Clients, Pairs, Queue
 from ztun.platform.linux.transforms import has_policies
 from ztun.ports import Progress
 from ztun.wire import checksum, ip, tcp
@@ -53,9 +54,9 @@ _BACK, _UP_STAMP, _DOWN_STAMP = 7, 14, 21  # among the fields of _GROWING
 PROGRAMS = ("carry_up", "carry_down")
 # Map name -> (key size, value size in bytes, kind as `bpftool map` names it).
 MAPS = {
-    "carried": (FLOW.size, U32.size, "hash"),
+    "carried": (U32.size, 32, "array"),
     "splices": (U32.size, SPLICE_SIZE, "array"),
-    "ended": (0, U32.size, "queue"),
+    "ended": (U32.size, 32768, "array"),
     "jumps": (U32.size, U32.size, "prog_array"),
 }
 _HOOKED = "carry_down"
@@ -84,11 +85,12 @@ class _Way(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """What belongs to a place: its two keys, the socket, and what a segment to the proxy takes. number, expected: those
-    of the beginning, as the proxy has them; offset: from the client's numbers to these."""
+    """What belongs to a place: its two keys and where they are entered, the socket, and what a segment to the proxy
+    takes. number, expected: those of the beginning, as the proxy has them; offset: from the client's numbers to these."""
 
     up: bytes
     down: bytes
+    slots: tuple[int, int]
     sock: socket.socket
     local: bytes
     proxy: bytes
@@ -118,12 +120,12 @@ class KernelOffload:
         """Raises OSError."""
         self._programs = programs
         self._make_hook = make_hook
-        self._carried = Map(maps["carried"], *MAPS["carried"][:2])
-        self._ended = Queue(maps["ended"])
-        self._pairs = Pairs(maps["carried"])
+        constants = shared.constants
+        self._carried = Carried(maps["carried"], constants["CARRIED_BUCKETS"], constants["CARRIED_SLOTS"])
         self._clients = Clients(maps["clients"])
         self._is_ethernet: dict[int, bool] = {}  # by the index of an interface
-        self._most = shared.constants["MAX_SPLICES"]
+        self._most = constants["MAX_SPLICES"]
+        self._ended = News(maps["ended"], self._most)
         self._memory = mmap.mmap(maps["splices"], self._most * SPLICE_SIZE)
         self._free: deque[int] = deque()  # in the order in which they became so
         self._used = 0
@@ -268,10 +270,11 @@ class KernelOffload:
         client_ports, ports = key[-4:], _PORTS.pack(local_port, port)
         up, down = client + destination + client_ports, way.address + local + ports[2:] + ports[:2]
         place = self._occupy()
-        upstream = freeze(sock, unread) if self._pairs.write(up, place << 1, down, place << 1 | 1) else None
+        slots = self._carried.enter(up, place, down=False), self._carried.enter(down, place, down=True)
+        upstream = freeze(sock, unread) if min(slots) >= 0 else None
         terms = agree(offer, upstream) if upstream is not None else None
         if upstream is None or terms is None:
-            self._give_back(place, up, down, sock)
+            self._give_back(place, slots, sock)
             if upstream is not None:
                 self._refuse(address, offer, upstream)
             return None
@@ -284,8 +287,8 @@ class KernelOffload:
             offer.scale or 0, upstream.own_scale, upstream.scale, told, lan,
         )  # fmt: skip
         self._places[place] = _Place(
-            up, down, sock, local, way.address, ports, offset, upstream.number, upstream.expected
-        )  # fmt: skip
+            up, down, slots, sock, local, way.address, ports, offset, upstream.number, upstream.expected
+        )
         self._by_flow[down] = place
         return place, terms
 
@@ -299,9 +302,10 @@ class KernelOffload:
         _INDEX.pack_into(self._memory, place * SPLICE_SIZE + _UPLINK, 0)
         return place
 
-    def _give_back(self, place: int, up: bytes, down: bytes, sock: socket.socket) -> None:
+    def _give_back(self, place: int, slots: tuple[int, int], sock: socket.socket) -> None:
         """Nothing became of it."""
-        self._carried.delete_many((up, down))
+        for slot in slots:
+            self._carried.leave(slot)
         self._free.append(place)
         thaw(sock)
 
@@ -322,10 +326,7 @@ class KernelOffload:
 
     def ended(self) -> list[int]:
         """See ztun.ports.Offload.ended."""
-        found = []
-        while (place := self._ended.pop()) is not None:
-            found.append(place)
-        return found
+        return self._ended.take()
 
     def read(self, place: int) -> Progress:
         """See ztun.ports.Offload.read."""
@@ -352,11 +353,11 @@ class KernelOffload:
         """See ztun.ports.Offload.release."""
         for place in places:
             self._judge(place)
-        gone = [self._places.pop(place) for place in places]
-        self._carried.delete_many(key for what in gone for key in (what.up, what.down))
-        for what in gone:
+            what = self._places.pop(place)
+            for slot in what.slots:
+                self._carried.leave(slot)
             del self._by_flow[what.down]
-        self._free.extend(places)
+            self._free.append(place)
 
     def _judge(self, place: int) -> None:
         """A proxy that knows nothing of what we send in its connection resets it at once: something between us gives
@@ -492,6 +493,8 @@ class KernelOffload:
         self._errors.close()
         if not self._memory.closed:
             self._memory.close()
+            self._carried.close()
+            self._ended.close()
 
 
 def _raw_socket(family: int, mark: int) -> socket.socket:
