@@ -14,7 +14,7 @@ from ztun.outbound import OutboundSpec, Tools, make_outbounds
 from ztun.outbound.base import ProxyOutbound
 from ztun.outbound.pool import WarmPool
 from ztun.outbound.socks5 import Socks5Outbound
-from ztun.ports import Connected, Destination, Dialling, Failed, Failure, Outbound, OutboundError
+from ztun.ports import Carry, Connected, Destination, Dialling, Failed, Failure, Outbound, OutboundError
 
 from .netns import ROUTER4, Namespace
 from .support import Sockets, nobody, until
@@ -230,6 +230,7 @@ class Proxies:
         self.down = False
         self.far: list[socket.socket] = []
         self.over = True
+        self.carry: Carry | None = None
 
     def cancel(self) -> None: ...
 
@@ -261,6 +262,25 @@ async def test_what_nobody_takes_is_replaced_and_in_the_end_fewer_wait() -> None
     pool.close()
     if taken[0] is not None:
         taken[0].close()
+    proxies.close()
+
+
+async def test_under_load_none_are_made_until_it_is_over() -> None:
+    """They would save nobody's time, and each costs more than one that is made for its flow."""
+    proxies = Proxies()
+    pool = WarmPool(proxies.poller, 2, 2, proxies.begin, lambda sock: None)
+    pool.fill()
+    taken = [pool.take() for _ in range(30)]
+    for _ in range(20):
+        await asyncio.sleep(0.01)
+        taken += [pool.take() for _ in range(8)]
+    assert (proxies.made, pool.hits) == (2, 2)
+    await until(lambda: len(pool) == 2)
+    assert proxies.made == 4
+    pool.close()
+    for sock in taken:
+        if sock is not None:
+            sock.close()
     proxies.close()
 
 

@@ -17,7 +17,8 @@ from typing import Final
 from ztun.ports import Connected, Dialling, Failed, OutboundError, Poller
 
 _PAUSE: Final = 0.01  # seconds from a connection's being taken to the making of the next
-_BUSY: Final = 16  # flows within one pause: more than a page in a browser wants at once
+_BUSY: Final = 16  # flows from one look to the next: more than a page in a browser wants at once
+_LONG_PAUSE: Final = 0.1  # seconds to the next look then: it is over when they were fewer in all this time
 # seconds, after the proxy ended or refused some
 _FIRST_PATIENCE: Final = 1.0
 _MOST_PATIENCE: Final = 64.0
@@ -67,7 +68,7 @@ class WarmPool:
         self._timer = None
         asked, self._asked = self._asked, 0
         if asked > _BUSY:
-            self._fill_in(_PAUSE)
+            self._fill_in(_LONG_PAUSE)
             return
         for _ in range(self._want - len(self._waiting) - len(self._making)):
             self._make()
