@@ -26,6 +26,8 @@ MODULES = (
     "ztun/outbound/*.py",
     "ztun/gateway/*.py",
     "ztun/log/admission.py",
+    "ztun/log/clean.py",
+    "ztun/log/lines.py",
     "ztun/log/repeats.py",
     "ztun/names/pool.py",
     "ztun/platform/linux/clients.py",

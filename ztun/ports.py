@@ -492,6 +492,10 @@ class Offload(Protocol):
         """How far the connection at `place` came."""
         ...
 
+    def is_heard(self, place: int) -> bool:
+        """Whether the client has said anything since it was answered."""
+        ...
+
     def release(self, places: Sequence[int]) -> None:
         """Carry these no more; the places are free."""
         ...

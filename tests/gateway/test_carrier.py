@@ -79,6 +79,9 @@ class FakeKernel:
     def read(self, place: int) -> Progress:
         return self.progress[place]
 
+    def is_heard(self, place: int) -> bool:
+        return self.progress[place].heard
+
     def release(self, places: Sequence[int]) -> None:
         self.said += [f"release {place}" for place in places]
 

@@ -84,6 +84,15 @@ def test_it_holds_what_was_entered_and_did_not_leave(carried: Carried, steps: li
                 assert (word >> 1 & 0x7FFF, bool(word & 1), word >> 16) == (place, way, hashed >> 15 | 1)
 
 
+def test_places_of_the_same_hash_are_likely(carried: Carried) -> None:
+    key = bytes(36)
+    carried.enter(key, 7, down=True)
+    carried.enter(key, 8, down=False)
+    assert carried.likely(key, down=True) == [7]
+    assert carried.likely(key, down=False) == [8]
+    assert carried.likely(b"\1" + bytes(35), down=True) == []
+
+
 def test_leaving_what_found_no_room_is_nothing(carried: Carried) -> None:
     carried.leave(-1)
     assert not any(carried._slots)

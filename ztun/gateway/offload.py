@@ -127,7 +127,7 @@ class KernelRelay:
 
     def is_heard(self, now: float) -> bool:
         """Whether the client has said anything. Answers it again when it is time to, and gives it up in the end."""
-        if self._carrier.offload.read(self.place).heard:
+        if self._carrier.offload.is_heard(self.place):
             self._conn.heard()
             return True
         age = now - self._started

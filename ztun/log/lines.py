@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from typing import Any
 
 import structlog
@@ -31,8 +32,23 @@ def processors(cleaner: Cleaner, format: str, *, colours: bool = False, with_tim
             cleaner,
             structlog.processors.JSONRenderer(serializer=_to_json),
         ]
-    stamp = [structlog.processors.TimeStamper(fmt="%Y-%m-%d %H:%M:%S", utc=False)] if with_time else []
+    stamp: list[Processor] = [LocalTime()] if with_time else []
     return [*stamp, explain_exception, cleaner, Console(colours=colours)]
+
+
+class LocalTime:
+    """The time in whole seconds, made into text once in each of them: lines come in crowds."""
+
+    def __init__(self) -> None:
+        self._second = -1
+        self._text = ""
+
+    def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        second = int(time.time())
+        if second != self._second:
+            self._second, self._text = second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        event["timestamp"] = self._text
+        return event
 
 
 def explain_exception(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:

@@ -10,7 +10,7 @@ import fcntl
 import socket
 import struct
 import termios
-from typing import Final, NamedTuple
+from typing import Final
 
 import structlog
 
@@ -39,18 +39,27 @@ _PEEK: Final = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 _STAMP_OPTIONS: Final = 12  # bytes of a header with timestamps
 
 
-class Upstream(NamedTuple):
-    """What the kernel says of a connection to a proxy. Numbers are those of the next segments."""
+class Upstream:
+    """What the kernel says of a connection to a proxy. number, expected: sequence numbers of the next segments, from us
+    and from it; mss, own_mss: bytes of payload; scale, own_scale: of windows; stamp: our timestamp, None without; window:
+    bytes.
+    """
 
-    number: int
-    expected: int
-    mss: int
-    own_mss: int
-    scale: int
-    own_scale: int
-    sack: bool
-    stamp: int | None
-    window: int
+    __slots__ = ("expected", "mss", "number", "own_mss", "own_scale", "sack", "scale", "stamp", "window")
+
+    def __init__(
+        self, number: int, expected: int, mss: int, own_mss: int, scale: int, own_scale: int, sack: bool,
+        stamp: int | None, window: int,
+    ) -> None:  # fmt: skip
+        self.number = number
+        self.expected = expected
+        self.mss = mss
+        self.own_mss = own_mss
+        self.scale = scale
+        self.own_scale = own_scale
+        self.sack = sack
+        self.stamp = stamp
+        self.window = window
 
 
 def freeze(sock: socket.socket, unread: int) -> Upstream | None:

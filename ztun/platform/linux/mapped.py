@@ -14,6 +14,7 @@ from typing import Final
 _PRIME: Final = 0x7FFFFFFF
 _FACTOR: Final = 1640531527
 _WORDS = struct.Struct("=9I")
+_PLACE: Final = 0x7FFF
 _FULL: Final = -1
 
 
@@ -48,6 +49,13 @@ class Carried:
                 slots[slot] = (hashed >> 15 | 1) << 16 | place << 1 | down
                 return slot
         return _FULL
+
+    def likely(self, key: bytes, *, down: bool) -> list[int]:
+        """Places of flows that have the hash of this one: its own is among them, if it was entered."""
+        hashed = flow_hash(key)
+        first = hashed % self._buckets * self._size
+        words = self._slots[first : first + self._size].tolist()
+        return [word >> 1 & _PLACE for word in words if word >> 16 == hashed >> 15 | 1 and bool(word & 1) is down]
 
     def leave(self, slot: int) -> None:
         """The opposite of `enter`; -1 is none."""

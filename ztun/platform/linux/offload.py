@@ -47,6 +47,8 @@ _GROWING_AT: Final = _FRESH.size - _GROWING.size
 _STAMPS_AT: Final = 64 + 8 + 4
 _UPLINK: Final = _STAMPS_AT + 2 * 4
 _LAN_AT: Final = _GROWING_AT + 8
+_PACKETS_UP: Final = _GROWING_AT + 20
+_NONE: Final = bytes(8)
 _INDEX = struct.Struct("=I")
 _STAMPS = struct.Struct("=II")  # stamps, base
 _BACK, _UP_STAMP, _DOWN_STAMP = 7, 14, 21  # among the fields of _GROWING
@@ -84,20 +86,28 @@ class _Way(NamedTuple):
     uplink: int
 
 
-class _Place(NamedTuple):
-    """What belongs to a place: its two keys and where they are entered, the socket, and what a segment to the proxy
-    takes. number, expected: those of the beginning, as the proxy has them; offset: from the client's numbers to these."""
+class _Place:
+    """What belongs to a place. up, down: the keys of its flows, and slots, where they are entered; ports: of a segment
+    to the proxy; offset: from the client's sequence numbers to those that the proxy has. number, expected: of the first
+    segments from us and from the proxy, as it has them.
+    """
 
-    up: bytes
-    down: bytes
-    slots: tuple[int, int]
-    sock: socket.socket
-    local: bytes
-    proxy: bytes
-    ports: bytes
-    offset: int
-    number: int
-    expected: int
+    __slots__ = ("down", "expected", "local", "number", "offset", "ports", "proxy", "slots", "sock", "up")
+
+    def __init__(
+        self, up: bytes, down: bytes, slots: tuple[int, int], sock: socket.socket, local: bytes, proxy: bytes,
+        ports: bytes, offset: int, number: int, expected: int,
+    ) -> None:  # fmt: skip
+        self.up = up
+        self.down = down
+        self.slots = slots
+        self.sock = sock
+        self.local = local
+        self.proxy = proxy
+        self.ports = ports
+        self.offset = offset
+        self.number = number
+        self.expected = expected
 
 
 _UNKNOWN = _Way(b"", 0)
@@ -130,7 +140,6 @@ class KernelOffload:
         self._free: deque[int] = deque()  # in the order in which they became so
         self._used = 0
         self._places: dict[int, _Place] = {}
-        self._by_flow: dict[bytes, int] = {}  # key of a proxy's packets -> place
         self._interfaces: dict[str, str] = {}  # address of a proxy -> name of the interface, as we were told
         self._ways: dict[str, _Way | None] = {}
         self._next_lookup = 0.0  # when the kernel may be asked of an address that nobody told of
@@ -289,7 +298,6 @@ class KernelOffload:
         self._places[place] = _Place(
             up, down, slots, sock, local, way.address, ports, offset, upstream.number, upstream.expected
         )
-        self._by_flow[down] = place
         return place, terms
 
     def _occupy(self) -> int:
@@ -349,6 +357,10 @@ class KernelOffload:
             end_up,
         )
 
+    def is_heard(self, place: int) -> bool:
+        """See ztun.ports.Offload.is_heard."""
+        return self._memory[place * SPLICE_SIZE + _PACKETS_UP : place * SPLICE_SIZE + _PACKETS_UP + 8] != _NONE
+
     def release(self, places: Sequence[int]) -> None:
         """See ztun.ports.Offload.release."""
         for place in places:
@@ -356,7 +368,6 @@ class KernelOffload:
             what = self._places.pop(place)
             for slot in what.slots:
                 self._carried.leave(slot)
-            del self._by_flow[what.down]
             self._free.append(place)
 
     def _judge(self, place: int) -> None:
@@ -395,7 +406,7 @@ class KernelOffload:
         """See ztun.ports.Offload.too_big. Only a segment that is on its way can have been too big (RFC 5927, 4.1)."""
         found = []
         for error in self._errors.read(descriptor):
-            place = self._by_flow.get(error.flow)
+            place = self._place_of(error.flow)
             if place is None:
                 continue
             progress = self.read(place)
@@ -403,6 +414,14 @@ class KernelOffload:
             if (number - progress.expected) & _MASK < (progress.received - progress.expected) & _MASK:
                 found.append((place, number, error.mtu))
         return found
+
+    def _place_of(self, down: bytes) -> int | None:
+        """Where the flow of a proxy's packets is carried; None where it is not."""
+        for place in self._carried.likely(down, down=True):
+            what = self._places.get(place)
+            if what is not None and what.down == down:
+                return place
+        return None
 
     def reset(self, place: int) -> None:
         """See ztun.ports.Offload.reset: a RST with the number that the proxy expects (RFC 9293 section 3.10.7.4).
