@@ -120,6 +120,7 @@ class Instance:
         await asyncio.sleep(0)
         self._capture()
         await self._keep_up(monitor)
+        machine.take_precedence()
         await readiness.give_up_privileges(self.parts)
         self.parts.state = "running"
         return True

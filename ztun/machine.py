@@ -19,6 +19,9 @@ CAP_NET_ADMIN = 12  # linux/capability.h
 DNS_PORT = 53
 # What is asked for where the hard limit cannot be had: as many as limits.tcp_flows, and OPEN_MAX of macOS.
 _OPEN_FILES = (65536, 10240)
+# Of two that want one processor, this process gets three quarters of it (sched(7)): it is one thread, and what it does
+# not get to holds up clients and proxies alike.
+PRECEDENCE = -5
 FALLBACK_SERVER = "udp://9.9.9.9:53"
 # That of the host, and what systemd-resolved(8) and NetworkManager(8) know where that one names their stub.
 RESOLV_CONFS = tuple(
@@ -65,6 +68,15 @@ def allow_many_sockets() -> None:
         except (ValueError, OSError):  # macOS calls its hard limit infinite, and takes less (setrlimit(2))
             continue
         return
+
+
+def take_precedence() -> None:
+    """Have packets wait less for other programs where processors are busy (nice(2)). Who chose otherwise, or may not do
+    this, keeps what there is.
+    """
+    with suppress(OSError):
+        if os.getpriority(os.PRIO_PROCESS, 0) == 0:
+            os.setpriority(os.PRIO_PROCESS, 0, PRECEDENCE)
 
 
 def _may_change_network() -> bool:

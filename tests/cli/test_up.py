@@ -119,6 +119,18 @@ def test_the_service_manager_is_told_once_it_works_and_when_it_ends(lab: Lab) ->
         assert manager.recv(200) == b"STOPPING=1"
 
 
+@pytest.mark.parametrize(("begun", "found"), [(0, -5), (3, 3), (-10, -10)])
+def test_packets_come_first_unless_somebody_chose_otherwise(lab: Lab, begun: int, found: int) -> None:
+    instance = lab.prepare()
+    instance.write(complete(SITE, instance.directory))
+    code = f"import os; os.setpriority(os.PRIO_PROCESS, 0, {begun})"
+    instance.launch(
+        "up", "--config", str(instance.config_path), env=os.environ | patched(lab.prepare().directory, code)
+    )
+    instance.wait_ready()
+    assert os.getpriority(os.PRIO_PROCESS, instance.pid) == found
+
+
 def test_by_default_it_answers_dns_on_the_lan_and_asks_the_resolver_of_the_system(lab: Lab) -> None:
     instance = lab.prepare()
     store = str(instance.directory / "fake-ip.db")

@@ -93,6 +93,7 @@ def test_it_carries_traffic_within_its_restrictions(lab: Lab, service: Systemd) 
     assert of_process(pid, "Seccomp") == "2"
     assert of_process(pid, "NoNewPrivs") == "1"
     assert of_process(pid, "CapAmb") == "0" * 16
+    assert os.getpriority(os.PRIO_PROCESS, pid) == -5
 
     assert lab.page("http://site.test/")["client"] in (plan.UPSTREAM4, plan.UPSTREAM6)
     assert seen_as(lab, plan.DIRECT4) == plan.CLIENT4

@@ -50,9 +50,8 @@ class Spliced:
     def record(self) -> bytes:
         addresses = [wide(one[self.version]) for one in (CLIENT, FAR, LOCAL, PROXY)]
         ports = struct.pack("!HHHH", CLIENT_PORT, FAR_PORT, LOCAL_PORT, PROXY_PORT)
-        fixed = (
-            b"".join(addresses) + ports + struct.pack("=IIII4B", self.offset, self.stamps, self.base, self.uplink, *self.shifts)
-        )
+        numbers = struct.pack("=IIII4B", self.offset, self.stamps, self.base, self.uplink, *self.shifts)
+        fixed = b"".join(addresses) + ports + numbers
         growing = bytes(20) + struct.pack("=Q", self.heard)
         return (fixed + growing).ljust(offload.SPLICE_SIZE, b"\0")
 
@@ -285,7 +284,7 @@ def test_before_the_client_has_answered_its_proxy_is_not_heard(bench: Bench) -> 
 
 
 def test_what_is_just_being_taken_goes_nowhere(bench: Bench) -> None:
-    """The kernel's TCP hears nothing more of it, and whatever the client sends is for ztun, which has not answered it."""
+    """The kernel's TCP hears nothing more of it, and what the client sends is for ztun, which has not answered it."""
     carrying = Carrying(bench, Spliced(uplink=0))
     for flags in (ACK, RST, ACK | FIN):
         assert carrying.send("down", {**PLAIN, "flags": flags}, b"220 ready")[0] == SHOT

@@ -29,8 +29,9 @@ from ztun.ports import (
     SocketFactory,
 )
 
-_CHUNK: Final = 4096  # bytes to peek at; longer headers take several turns
-_MOST_KNOWN: Final = 1024  # bytes that are peeked at again and again before they are taken
+# Bytes to peek at: what Python has small objects for. Longer headers take several turns.
+_CHUNK: Final = 448
+_MOST_KNOWN: Final = 224  # bytes that are peeked at again and again before they are taken
 _MAY_READ: Final = READABLE | ENDED
 _PEEK: Final = int(socket.MSG_PEEK)
 

@@ -41,8 +41,8 @@ _STAMP_OPTIONS: Final = 12  # bytes of a header with timestamps
 
 class Upstream:
     """What the kernel says of a connection to a proxy. number, expected: sequence numbers of the next segments, from us
-    and from it; mss, own_mss: bytes of payload; scale, own_scale: of windows; stamp: our timestamp, None without; window:
-    bytes.
+    and from it; mss, own_mss: bytes of payload; scale, own_scale: of windows; stamp: our timestamp, None without;
+    window: bytes.
     """
 
     __slots__ = ("expected", "mss", "number", "own_mss", "own_scale", "sack", "scale", "stamp", "window")

@@ -1,6 +1,6 @@
 """BPF maps that are memory of this process as well: what every carried connection needs, without system calls.
 
-Python writes words and octets that are aligned, which programs on other CPUs see whole or not at all. See bpf/shared.h for
+Python writes words and octets that are aligned, which programs on other CPUs see whole or not at all. bpf/shared.h says
 what is where.
 """
 

@@ -45,11 +45,15 @@ SPLICE_SIZE = _FRESH.size
 _GROWING_AT: Final = _FRESH.size - _GROWING.size
 # Offsets in struct splice: of `stamps` and what follows, of `uplink`, of `lan`.
 _STAMPS_AT: Final = 64 + 8 + 4
-_UPLINK: Final = _STAMPS_AT + 2 * 4
+_UPLINK_AT: Final = _STAMPS_AT + 2 * 4
 _LAN_AT: Final = _GROWING_AT + 8
-_PACKETS_UP: Final = _GROWING_AT + 20
-_NONE: Final = bytes(8)
-_INDEX = struct.Struct("=I")
+_PACKETS_UP_AT: Final = _GROWING_AT + 20
+# The same in words of four bytes, and of eight.
+_WORDS: Final = SPLICE_SIZE // 4
+_UPLINK: Final = _UPLINK_AT // 4
+_LAN: Final = _LAN_AT // 4
+_COUNTS: Final = SPLICE_SIZE // 8
+_PACKETS_UP: Final = _PACKETS_UP_AT // 8
 _STAMPS = struct.Struct("=II")  # stamps, base
 _BACK, _UP_STAMP, _DOWN_STAMP = 7, 14, 21  # among the fields of _GROWING
 
@@ -137,6 +141,7 @@ class KernelOffload:
         self._most = constants["MAX_SPLICES"]
         self._ended = News(maps["ended"], self._most)
         self._memory = mmap.mmap(maps["splices"], self._most * SPLICE_SIZE)
+        self._words, self._counts = memoryview(self._memory).cast("I"), memoryview(self._memory).cast("Q")
         self._free: deque[int] = deque()  # in the order in which they became so
         self._used = 0
         self._places: dict[int, _Place] = {}
@@ -174,7 +179,7 @@ class KernelOffload:
         for place, what in self._places.items():
             way = self._way(tables.show_address(what.proxy))
             if way is not None:
-                _INDEX.pack_into(self._memory, place * SPLICE_SIZE + _UPLINK, way.uplink)
+                self._words[place * _WORDS + _UPLINK] = way.uplink
             else:
                 deafen(what.sock)
 
@@ -182,9 +187,9 @@ class KernelOffload:
         """An interface of clients was made anew and has another index: what they wait for comes by that one."""
         self._lans.clear()
         for place in self._places:
-            at = place * SPLICE_SIZE + _LAN_AT
-            if _INDEX.unpack_from(self._memory, at)[0] == former:
-                _INDEX.pack_into(self._memory, at, index)
+            at = place * _WORDS + _LAN
+            if self._words[at] == former:
+                self._words[at] = index
 
     def _attach(self, ifname: str) -> None:
         """What cannot be had is no loss: connections by that interface stay with us."""
@@ -307,7 +312,7 @@ class KernelOffload:
         """
         place = self._free.popleft() if len(self._free) > _RESTING or self._used == self._most else self._used
         self._used = max(self._used, place + 1)
-        _INDEX.pack_into(self._memory, place * SPLICE_SIZE + _UPLINK, 0)
+        self._words[place * _WORDS + _UPLINK] = 0
         return place
 
     def _give_back(self, place: int, slots: tuple[int, int], sock: socket.socket) -> None:
@@ -359,7 +364,7 @@ class KernelOffload:
 
     def is_heard(self, place: int) -> bool:
         """See ztun.ports.Offload.is_heard."""
-        return self._memory[place * SPLICE_SIZE + _PACKETS_UP : place * SPLICE_SIZE + _PACKETS_UP + 8] != _NONE
+        return self._counts[place * _COUNTS + _PACKETS_UP] != 0
 
     def release(self, places: Sequence[int]) -> None:
         """See ztun.ports.Offload.release."""
@@ -511,6 +516,8 @@ class KernelOffload:
             raw.close()
         self._errors.close()
         if not self._memory.closed:
+            self._words.release()
+            self._counts.release()
             self._memory.close()
             self._carried.close()
             self._ended.close()
