@@ -190,6 +190,8 @@ class Instance:
         self.parts.classifier = classifier
         self._carries_direct = getattr(classifier, "carries_direct", False)
         self._offload = getattr(classifier, "offload", None)
+        if self._offload is not None:
+            self._offload.spares = getattr(self._sockets, "spares", None)
         self._undo.push("the classifier", self._close_classifier)
         if classifier.fallback_reason is not None:
             self.parts.notes.append(f"{classifier.backend} instead of the first choice: {classifier.fallback_reason}")

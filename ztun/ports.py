@@ -464,13 +464,27 @@ class Progress(NamedTuple):
     received: int
 
 
+class Spares(Protocol):
+    """Sockets that are as new, for who makes sockets."""
+
+    def keep(self, sock: socket) -> bool:
+        """Take one. Returns whether it is kept; there are enough others else, or few descriptors left."""
+        ...
+
+    def close(self) -> None:
+        """Close those that are kept."""
+        ...
+
+
 class Offload(Protocol):
     """Has the kernel carry connections whose bytes need nobody to look at them: client and proxy talk to each other.
 
-    descriptors: to be watched as long as it is not closed, for `too_big`.
+    descriptors: to be watched as long as it is not closed, for `too_big`; spares: where sockets go that are needed no
+    more, None for nowhere.
     """
 
     descriptors: Sequence[int]
+    spares: Spares | None
 
     def take(
         self, sock: socket, address: str, port: int, unread: int, offer: Offer, stamp: int
@@ -498,6 +512,13 @@ class Offload(Protocol):
 
     def release(self, places: Sequence[int]) -> None:
         """Carry these no more; the places are free."""
+        ...
+
+    def spare(self, sock: socket) -> bool:
+        """Make a socket whose place was released as new, and have it kept for another connection.
+
+        Returns whether it is kept; it is to be closed otherwise.
+        """
         ...
 
     def reset(self, place: int) -> None:

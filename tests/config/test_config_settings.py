@@ -230,7 +230,7 @@ def test_the_log_by_default() -> None:
     assert log.repeats is not None
     assert (log.repeats.burst, log.repeats.per_second) == (50, 5)
     assert log.flows is not None
-    assert (log.flows.burst, log.flows.per_second) == (300, 100)
+    assert (log.flows.burst, log.flows.per_second) == (200, 20)
 
 
 def test_null_switches_parts_of_the_log_off() -> None:

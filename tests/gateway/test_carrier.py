@@ -46,7 +46,7 @@ class Poller:
         self.levels[fd] = handler
 
     def unwatch(self, fd: int) -> None:
-        del self.levels[fd]
+        del (self.levels if fd in self.levels else self.handlers)[fd]
 
     def pulse(self) -> None: ...
 
@@ -55,6 +55,7 @@ class FakeKernel:
     """A ztun.ports.Offload of which the test says how far each connection is."""
 
     descriptors: Sequence[int] = (77,)
+    spares = None
 
     def __init__(self) -> None:
         self.progress: dict[int, Progress] = {}
@@ -62,6 +63,8 @@ class FakeKernel:
         self.said: list[str] = []
         self.errors: list[tuple[int, int, int]] = []
         self.takes = True
+        self.keeps = False
+        self.spared: list[socket.socket] = []
 
     def take(
         self, sock: socket.socket, address: str, port: int, unread: int, offer: Offer, stamp: int
@@ -84,6 +87,10 @@ class FakeKernel:
 
     def release(self, places: Sequence[int]) -> None:
         self.said += [f"release {place}" for place in places]
+
+    def spare(self, sock: socket.socket) -> bool:
+        self.spared += [sock] if self.keeps else []
+        return self.keeps
 
     def reset(self, place: int) -> None:
         self.said.append(f"reset {place}")
@@ -339,6 +346,20 @@ def test_when_ztun_stops_all_are_reset(world: World) -> None:
     assert world.ends == [Closed.ABORTED]
     assert world.heard() == ["RST"]
     world.carrier.start()
+
+
+def test_a_socket_that_may_be_used_again_is_watched_no_more_and_stays_open(world: World) -> None:
+    world.kernel.keeps = True
+    relay = world.opens()
+    talks(world)
+    world.is_at(0, over=True)
+    world.kernel.news = [0]
+    world.waits(0.1)
+    assert world.ends == [Closed.FINISHED]
+    (kept,) = world.kernel.spared
+    assert kept.fileno() == relay._fd
+    assert not world.poller.handlers
+    kept.close()
 
 
 def test_what_the_kernel_does_not_take_is_left_to_the_relay(world: World) -> None:

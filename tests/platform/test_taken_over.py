@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import struct
 from collections import deque
@@ -13,6 +14,7 @@ from lan_world import CLIENT4, MARK, SERVER4, World, packed
 from ztun.lab.namespace import wait_until
 from ztun.platform.linux.classifier import BpfClassifier
 from ztun.platform.linux.offload import _GROWING_AT, SPLICE_SIZE, KernelOffload
+from ztun.platform.linux.sockets import SpareSockets
 from ztun.ports import Progress
 from ztun.wire.handshake import Offer, Terms
 
@@ -36,16 +38,20 @@ class Bench:
         """(ours, the proxy's)."""
         ours = socket.socket()
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, MARK)
+        return ours, self.connect(ours)
+
+    def connect(self, ours: socket.socket) -> socket.socket:
+        """To the proxy, whose socket it returns, and talk to it as one does."""
+        ours.settimeout(1)
         ours.connect((SERVER4, PORT))
         theirs, _ = self._listener.accept()
-        for sock in (ours, theirs):
-            sock.settimeout(1)
+        theirs.settimeout(1)
         self._sockets += [ours, theirs]
         ours.sendall(b"greeting")
         assert theirs.recv(100) == b"greeting"
         theirs.sendall(b"agreed")
         assert ours.recv(100) == b"agreed"
-        return ours, theirs
+        return theirs
 
     def takes(
         self, sock: socket.socket, offer: Offer, stamp: int, unread: int = 0, address: str = ""
@@ -139,6 +145,54 @@ def test_what_was_taken_is_forgotten_in_silence(bench: Bench) -> None:
     with pytest.raises(TimeoutError):
         theirs.recv(10)
     assert bench.carried() == 0
+
+
+def test_what_was_taken_is_as_new_afterwards(bench: Bench) -> None:
+    """Its proxy hears nothing of that, and the next connection is one from another port."""
+    spares = bench.offload.spares = SpareSockets()
+    ours, theirs = bench.connects()
+    port = ours.getsockname()[1]
+    taken = bench.takes(ours, LINUX, 77)
+    assert taken is not None
+    bench.offload.release([taken[0]])
+    assert bench.offload.spare(ours)
+    theirs.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        theirs.recv(10)
+    again = spares.take(socket.AF_INET)
+    assert again is ours
+    assert spares.take(socket.AF_INET) is None
+    theirs = bench.connect(again)
+    assert again.getsockname()[1] != port
+    assert again.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == MARK
+    assert talks(again, theirs)
+    taken = bench.takes(again, LINUX, 78)
+    assert taken is not None
+    bench.offload.spares = None
+
+
+def test_a_socket_that_was_made_deaf_is_not_used_again(bench: Bench) -> None:
+    bench.offload.spares = SpareSockets()
+    ours, _ = bench.connects()
+    taken = bench.takes(ours, LINUX, 77)
+    assert taken is not None
+    bench.offload.follow({SERVER4: "nowhere0"})
+    bench.offload.release([taken[0]])
+    assert not bench.offload.spare(ours)
+    bench.offload.spares = None
+
+
+def test_few_are_kept() -> None:
+    """Descriptors of low numbers, since high ones tell of many that are in use."""
+    spares = SpareSockets()
+    made = [socket.socket() for _ in range(129)]
+    assert [spares.keep(sock) for sock in made] == [True] * 128 + [False]
+    spares.close()
+    assert [sock.fileno() for sock in made[:128]] == [-1] * 128
+    high = fcntl.fcntl(made[128], fcntl.F_DUPFD_CLOEXEC, 512)
+    with socket.socket(fileno=high) as sock:
+        assert not spares.keep(sock)
+    made[128].close()
 
 
 def test_a_reset_reaches_a_proxy_whose_client_never_spoke(bench: Bench) -> None:

@@ -222,8 +222,8 @@ class RepeatSettings(Section):
 
 
 class FlowRepeatSettings(RepeatSettings):
-    burst: Annotated[Whole, Field(ge=1, le=1_000_000)] = 300
-    per_second: Annotated[Seconds, Field(le=1_000_000)] = 100
+    burst: Annotated[Whole, Field(ge=1, le=1_000_000)] = 200
+    per_second: Annotated[Seconds, Field(le=1_000_000)] = 20
 
 
 class LogSettings(Section):

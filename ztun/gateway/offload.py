@@ -73,8 +73,12 @@ class KernelRelay:
         self.how = how
         carrier = self._carrier
         carrier.forget(self)
-        carrier.engine.poller.closing(self._fd)
-        os.close(self._sock.detach())
+        poller = carrier.engine.poller
+        if carrier.offload.spare(self._sock):
+            poller.unwatch(self._fd)
+        else:
+            poller.closing(self._fd)
+            os.close(self._sock.detach())
         self._on_closed(self)
 
     # As TcpRelay.

@@ -31,7 +31,7 @@ from ztun.log.repeats import WINDOW, Limit
 # Their "info" is our "debug": libraries tell more than a gateway's log should hold.
 _QUIET = logging.WARNING
 REPEATS = Limit(50, 5.0)
-FLOWS = Limit(300, 100.0)
+FLOWS = Limit(200, 20.0)
 _UNLIMITED = Limit(1 << 30, 1e9)
 _METHODS = {0: "debug", 10: "debug", 20: "info", 30: "warning", 40: "error", 50: "critical"}
 

@@ -147,7 +147,7 @@ class Connection(Arrivals):
 
     def offer(self) -> Offer:
         """What the client's SYN said, for somebody who may take the connection over."""
-        return Offer(
+        said = (
             self.key,
             self.rx.nxt & MASK,
             self.client_mss,
@@ -155,6 +155,7 @@ class Connection(Arrivals):
             self.sack_permitted,
             self.stamp_recent if self.timestamps else None,
         )
+        return tuple.__new__(Offer, said)  # past a function that is interpreted
 
     def hand_over(self, handler: Handler, terms: Terms, now: float) -> None:
         """Answer the SYN on the terms of somebody else, who carries all segments from now on.

@@ -14,6 +14,7 @@ from typing import Final
 
 import structlog
 
+from ztun.platform.linux.sockets import disconnect
 from ztun.wire.handshake import Offer, Terms
 
 log = structlog.get_logger("ztun.classifier")
@@ -27,8 +28,8 @@ _REPAIR_OFF = -1  # without a window probe
 _INFO_SIZE: Final = 232
 _ESTABLISHED: Final = 1
 _HAS_STAMPS, _HAS_SACK, _HAS_SCALE, _NOT_PLAIN = 1, 2, 4, 8 | 16 | 32  # not: ECN, and data in the SYN
-# State, options, window scales; snd_mss, unacked, advmss; notsent_bytes; snd_wnd.
-_INFO = struct.Struct("=B4xBBx8xI4xI56xI56xI80xI")
+# State, options, window scales; snd_mss, unacked, advmss; bytes_received (since it began), notsent_bytes; snd_wnd.
+_INFO = struct.Struct("=B4xBBx8xI4xI56xI40xQ8xI80xI")
 # linux/filter.h: one instruction, BPF_RET | BPF_K with 0, which keeps nothing of any packet.
 _DEAF = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0), 8)
 _FILTER = struct.pack("@HP", 1, ctypes.addressof(_DEAF))
@@ -71,15 +72,16 @@ def freeze(sock: socket.socket, unread: int) -> Upstream | None:
         put(_TCP, _REPAIR, 1)
         put(_TCP, _REPAIR_QUEUE, _SEND_QUEUE)
         number = get(_TCP, _QUEUE_SEQ) & _MASK
-        state, options, scales, mss, unacked, own_mss, unsent, window = _INFO.unpack(get(_TCP, _TCP_INFO, _INFO_SIZE))
-        if state != _ESTABLISHED or unacked or unsent or options & _NOT_PLAIN:
-            return None
-        stamp = get(_TCP, _TIMESTAMP) & _MASK if options & _HAS_STAMPS else None
-        # Last, for what was under way when its segments began to be kept away.
         put(_TCP, _REPAIR_QUEUE, _RECEIVE_QUEUE)
         expected = get(_TCP, _QUEUE_SEQ) & _MASK
-        if not _waits(sock, unread):
+        # Whether more has come is asked last, for what was under way when its segments began to be kept away.
+        info = get(_TCP, _TCP_INFO, _INFO_SIZE)
+        state, options, scales, mss, unacked, own_mss, received, unsent, window = _INFO.unpack(info)
+        if state != _ESTABLISHED or unacked or unsent or options & _NOT_PLAIN:
             return None
+        if received != unread and not _waits(sock, unread):
+            return None
+        stamp = get(_TCP, _TIMESTAMP) & _MASK if options & _HAS_STAMPS else None
     except OSError:
         return None
     if not options & _HAS_SCALE:
@@ -102,6 +104,18 @@ def thaw(sock: socket.socket) -> None:
         log.debug("a connection was not given back", reason=error.strerror)
 
 
+def dissolve(sock: socket.socket) -> bool:
+    """Make a frozen connection a socket that was never connected; nothing is sent. Whether that went well."""
+    try:
+        if not disconnect(sock.fileno()):
+            return False
+        sock.setsockopt(_TCP, _REPAIR, _REPAIR_OFF)
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # that it was aborted, which is no news
+    except OSError:
+        return False
+    return True
+
+
 def deafen(sock: socket.socket) -> None:
     """Have a frozen connection hear nothing: it would acknowledge what the client never gets."""
     try:
@@ -122,4 +136,5 @@ def agree(offer: Offer, upstream: Upstream) -> Terms | None:
         return None  # the proxy sends more than the client takes
     mss = upstream.mss + options
     scale = upstream.scale if offer.scale is not None else None
-    return Terms(upstream.expected, mss, scale, upstream.sack, stamps, upstream.window)
+    known = upstream.expected, mss, scale, upstream.sack, stamps, upstream.window
+    return tuple.__new__(Terms, known)  # past a function that is interpreted

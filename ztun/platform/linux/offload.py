@@ -20,7 +20,7 @@ import structlog
 
 from ztun.platform.linux import links, tables
 from ztun.platform.linux.clients import Clients
-from ztun.platform.linux.frozen import Upstream, agree, deafen, freeze, thaw
+from ztun.platform.linux.frozen import Upstream, agree, deafen, dissolve, freeze, thaw
 from ztun.platform.linux.hooks import Hook, detach
 from ztun.platform.linux.host import MakeHook
 from ztun.platform.linux.layout import FLOW, U32, Shared
@@ -29,7 +29,7 @@ from ztun.platform.linux.maps import Map
 from ztun.platform.linux.netlink import NetlinkError, explain
 from ztun.platform.linux.path_errors import PathErrors
 from ztun.platform.linux.transforms import has_policies
-from ztun.ports import Progress
+from ztun.ports import Progress, Spares
 from ztun.wire import checksum, ip, tcp
 from ztun.wire.handshake import Offer, Terms
 
@@ -155,11 +155,13 @@ class KernelOffload:
         self._lans: dict[bytes, int] = {}
         self._packed: dict[str, bytes] = {}  # our own addresses
         self._mark = mark
+        self._deaf: set[int] = set()  # descriptors of sockets that hear nothing
         self._hooks: dict[str, tuple[int, Hook]] = {}  # interface -> its index and what is attached there
         self._raw = {family: _raw_socket(family, mark) for family in (socket.AF_INET, socket.AF_INET6)}
         self._errors = PathErrors()
         self.descriptors = self._errors.descriptors
         self.refused = 0  # connections that did not fit together
+        self.spares: Spares | None = None
         Map(maps["jumps"], *MAPS["jumps"][:2]).update(_FIRST, U32.pack(programs["carry_up"]))
 
     # Where proxies and clients are.
@@ -182,6 +184,7 @@ class KernelOffload:
                 self._words[place * _WORDS + _UPLINK] = way.uplink
             else:
                 deafen(what.sock)
+                self._deaf.add(what.sock.fileno())
 
     def move_lan(self, former: int, index: int) -> None:
         """An interface of clients was made anew and has another index: what they wait for comes by that one."""
@@ -348,7 +351,7 @@ class KernelOffload:
             packets_up, up, last_up, acknowledged, end_up, _, _,
             packets_down, down, last_down, expected, end_down, _, _,
         ) = _GROWING.unpack_from(self._memory, place * SPLICE_SIZE + _GROWING_AT)  # fmt: skip
-        return Progress(
+        known = (
             up,
             down,
             packets_up > 0,
@@ -361,6 +364,7 @@ class KernelOffload:
             expected if packets_down else 0,
             end_up,
         )
+        return tuple.__new__(Progress, known)  # past a function that is interpreted
 
     def is_heard(self, place: int) -> bool:
         """See ztun.ports.Offload.is_heard."""
@@ -374,6 +378,13 @@ class KernelOffload:
             for slot in what.slots:
                 self._carried.leave(slot)
             self._free.append(place)
+
+    def spare(self, sock: socket.socket) -> bool:
+        """See ztun.ports.Offload.spare."""
+        if sock.fileno() in self._deaf:
+            self._deaf.remove(sock.fileno())
+            return False
+        return self.spares is not None and dissolve(sock) and self.spares.keep(sock)
 
     def _judge(self, place: int) -> None:
         """A proxy that knows nothing of what we send in its connection resets it at once: something between us gives
@@ -510,6 +521,8 @@ class KernelOffload:
 
     def close(self) -> None:
         """Detach. Idempotent."""
+        if self.spares is not None:
+            self.spares.close()
         for ifname in list(self._hooks):
             detach([self._hooks.pop(ifname)[1]])
         for raw in self._raw.values():

@@ -8,7 +8,6 @@ gets ECONNRESET as if the other side had.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import socket
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -16,10 +15,9 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from ztun.platform.linux import netstate
+from ztun.platform.linux.sockets import disconnect
 from ztun.ports import NetworkState
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_NOWHERE = bytes(16)  # struct sockaddr with sa_family AF_UNSPEC
 _SLICE = 256  # descriptors that are looked at before the loop gets its turn
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
@@ -113,4 +111,4 @@ def _reset(connection: Connection, mark: int) -> bool:
     """Reset it, unless its descriptor is something else by now."""
     if _describe(connection.fd, mark) != connection:
         return False
-    return bool(_libc.connect(connection.fd, _NOWHERE, len(_NOWHERE)) == 0)
+    return disconnect(connection.fd)
