@@ -200,8 +200,8 @@ struct way {
 
 /*
  * A connection of a client, and one to a proxy, that are made into one: what comes in of either goes on in the other,
- * its numbers moved by a constant. Python enters it in `carried` while `uplink` is 0, then takes the connection from the
- * kernel's TCP, and writes all above `ends`; only then is the client answered.
+ * its numbers moved by a constant. Python writes addresses and ports, with an `uplink` of 0, and enters it in `carried`;
+ * then it takes the connection from the kernel's TCP and writes the rest above `ends`. Only then is the client answered.
  */
 struct splice {
 	struct address6 client;

@@ -5,8 +5,11 @@ from __future__ import annotations
 import fcntl
 import socket
 import struct
+import termios
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from lan_world import CLIENT4, MARK, SERVER4, World, packed
@@ -37,11 +40,11 @@ class Bench:
     def connects(self) -> tuple[socket.socket, socket.socket]:
         """(ours, the proxy's)."""
         ours = socket.socket()
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, MARK)
         return ours, self.connect(ours)
 
     def connect(self, ours: socket.socket) -> socket.socket:
         """To the proxy, whose socket it returns, and talk to it as one does."""
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, MARK)
         ours.settimeout(1)
         ours.connect((SERVER4, PORT))
         theirs, _ = self._listener.accept()
@@ -245,6 +248,36 @@ def test_what_a_proxy_said_before_may_wait_in_the_socket(bench: Bench) -> None:
     theirs.settimeout(0.3)
     with pytest.raises(TimeoutError):  # nor does it make a reset of the end
         theirs.recv(10)
+
+
+class Interrupted(socket.socket):
+    """Calls `meanwhile` when it is about to be taken from the kernel's TCP."""
+
+    meanwhile: Callable[[], None] | None = None
+
+    def setsockopt(self, *args: Any) -> None:
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        super().setsockopt(*args)
+
+
+def test_what_comes_while_it_is_taken_is_not_for_the_kernels_tcp(bench: Bench) -> None:
+    """It would acknowledge what the client never gets. Kept from it, the proxy sends it again."""
+
+    spoken: list[float] = []
+
+    def speaks() -> None:
+        theirs.sendall(b"220 ready")
+        time.sleep(0.05)
+        spoken.append(time.monotonic())
+
+    ours = Interrupted()
+    theirs = bench.connect(ours)
+    ours.meanwhile = speaks
+    assert bench.takes(ours, LINUX, 77) is not None
+    assert spoken
+    assert fcntl.ioctl(ours, termios.FIONREAD, bytes(4)) == bytes(4)
 
 
 @pytest.mark.parametrize("unread", [3, 8])

@@ -35,16 +35,15 @@ from ztun.wire.handshake import Offer, Terms
 
 log = structlog.get_logger("ztun.classifier")
 
-# struct splice of bpf/shared.h: what is written once, and what the programs write.
-_FIXED = "16s16s16s16s4s4sIIIIBBBB"
-_GROWING_PART = "2B2BBBxxIIxxxxQQQIIIIQQQIIII"
-_GROWING = struct.Struct(f"={_GROWING_PART}")
-# At the beginning: of what grows only `lan` is known.
-_FRESH = struct.Struct(f"={_FIXED}8xI88x")
-SPLICE_SIZE = _FRESH.size
-_GROWING_AT: Final = _FRESH.size - _GROWING.size
+# struct splice of bpf/shared.h: addresses and ports, what is written once besides, and what the programs write.
+_ENDS_SIZE: Final = 4 * 16 + 4 * 2
+_GROWING = struct.Struct("=2B2BBBxxIIxxxxQQQIIIIQQQIIII")
+# Behind addresses and ports, at the beginning: of what grows only `lan` is known.
+_FRESH = struct.Struct("=IIIIBBBB8xI88x")
+SPLICE_SIZE = _ENDS_SIZE + _FRESH.size
+_GROWING_AT: Final = SPLICE_SIZE - _GROWING.size
 # Offsets in struct splice: of `stamps` and what follows, of `uplink`, of `lan`.
-_STAMPS_AT: Final = 64 + 8 + 4
+_STAMPS_AT: Final = _ENDS_SIZE + 4
 _UPLINK_AT: Final = _STAMPS_AT + 2 * 4
 _LAN_AT: Final = _GROWING_AT + 8
 _PACKETS_UP_AT: Final = _GROWING_AT + 20
@@ -284,9 +283,9 @@ class KernelOffload:
         if local is None:
             local = self._packed[local_address] = _pack(local_address)
         destination = _MAPPED + key[4:8] if is_v4 else key[16:32]
-        client_ports, ports = key[-4:], _PORTS.pack(local_port, port)
-        up, down = client + destination + client_ports, way.address + local + ports[2:] + ports[:2]
-        place = self._occupy()
+        ports = _PORTS.pack(local_port, port)
+        up, down = client + destination + key[-4:], way.address + local + ports[2:] + ports[:2]
+        place = self._occupy(client + destination + local + way.address + key[-4:] + ports)
         slots = self._carried.enter(up, place, down=False), self._carried.enter(down, place, down=True)
         upstream = freeze(sock, unread) if min(slots) >= 0 else None
         terms = agree(offer, upstream) if upstream is not None else None
@@ -299,23 +298,24 @@ class KernelOffload:
         stamps = (upstream.stamp - offer.stamp) & _MASK if upstream.stamp is not None and offer.stamp is not None else 0
         told = upstream.scale if offer.scale is not None else 0
         _FRESH.pack_into(
-            self._memory, place * SPLICE_SIZE,
-            client, destination, local, way.address, client_ports, ports, offset, stamps, stamp, way.uplink,
-            offer.scale or 0, upstream.own_scale, upstream.scale, told, lan,
+            self._memory, place * SPLICE_SIZE + _ENDS_SIZE,
+            offset, stamps, stamp, way.uplink, offer.scale or 0, upstream.own_scale, upstream.scale, told, lan,
         )  # fmt: skip
         self._places[place] = _Place(
             up, down, slots, sock, local, way.address, ports, offset, upstream.number, upstream.expected
         )
         return place, terms
 
-    def _occupy(self) -> int:
-        """A place of which the programs know that nothing is there yet.
+    def _occupy(self, ends: bytes) -> int:
+        """A place for a connection with these addresses and ports, by which the programs know that it is being taken.
 
         One that runs on another CPU may still look at a place that was left a moment ago.
         """
         place = self._free.popleft() if len(self._free) > _RESTING or self._used == self._most else self._used
         self._used = max(self._used, place + 1)
+        at = place * SPLICE_SIZE
         self._words[place * _WORDS + _UPLINK] = 0
+        self._memory[at : at + _ENDS_SIZE] = ends
         return place
 
     def _give_back(self, place: int, slots: tuple[int, int], sock: socket.socket) -> None:
