@@ -188,7 +188,7 @@ def test_nothing_is_measured_by_a_clock_that_can_jump() -> None:
     has been idle for long, and no Fake-IP is older.
     """
     jumping = {"time", "time_ns", "now", "utcnow", "today", "CLOCK_REALTIME", "CLOCK_BOOTTIME", "gmtime", "localtime"}
-    sources = {path: path.read_text() for path in _ZTUN.rglob("*.py")}
+    sources = {path: path.read_text() for path in _ZTUN.rglob("*.py") if path != _ZTUN / "log" / "lines.py"}
     found = [
         f"{path.relative_to(_ZTUN)}: {node.value.id}.{node.attr}"
         for path, source in sources.items()
