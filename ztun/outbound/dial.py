@@ -231,8 +231,8 @@ class Dial:
         if self.carry is not None and not more and self.carry(sock, self._address, self.port, self._known):
             return
         try:
-            tcp.relay_all(sock)
             self._take_known(sock)
+            tcp.relay_all(sock)
         except OSError:
             more = True  # it is broken, as who reads it next will hear
         self._connected(sock, more)
