@@ -288,7 +288,8 @@ class BpfClassifier:
         programs += [*self._host.programs(), *self._xdp.programs()]
         if self.offload is not None:
             programs += self.offload.programs()
-            maps.append({"name": "carried", "type": "hash", "entries": self.offload.describe()})
+            kind = offload.MAPS["carried"][2]
+            maps.append({"name": "carried", "type": kind, "entries": self.offload.describe()})
         return {"programs": programs, "maps": maps, "xdp": self._xdp.describe()}
 
     def close(self) -> None:
